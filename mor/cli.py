@@ -1,0 +1,295 @@
+"""The `mor` command: one dataclass of flags per command, work imported when it starts.
+
+Exit codes: 0 done, 2 the user's mistake (one line says what to do), 1 a fault of ours, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import mor
+from mor.config import ModelConfig, check_choice
+from mor.data.config import PrepareConfig
+from mor.log import logger, print_json, setup_logging
+from mor.train.config import Recipe, TrainConfig, read_recipe, recipe_flags
+
+RecipePath = Annotated[Path, tyro.conf.Positional]
+ModelFolder = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train a small MoR, its vanilla twin and two controls on real text, and compare them."""
+
+    out: Path
+    """folder for the run: report.html and one folder per model"""
+    quick: bool = False
+    """end within a minute; the numbers say little"""
+    input: tuple[Path, ...] = ()
+    """own text instead of the Python standard library"""
+    seed: int = 0
+    """seed of weights, data order and the random router"""
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Turn text, code or JSONL into token shards that training reads."""
+
+    config: tyro.conf.OmitArgPrefixes[PrepareConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model from a recipe: `mor train RECIPE --data PREPARED --out DIR`."""
+
+    recipe: RecipePath
+    """TOML file of the fields below; flags given after it win"""
+    data: Path
+    """folder that `mor prepare` wrote"""
+    out: Path
+    """folder for checkpoints, metrics.jsonl and the model"""
+    resume: bool = False
+    """go on from the newest checkpoint in --out"""
+    json: bool = False
+    """print one JSON object as the last line"""
+    model: ModelConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Write text with a model folder; a token that left early costs nothing further."""
+
+    model: ModelFolder
+    """model folder"""
+    prompt: str = ""
+    """text to go on from; empty begins a new document"""
+    prompt_file: Path | None = None
+    """file to read the prompt from, - for standard input"""
+    max_tokens: int = 128
+    """new tokens at most"""
+    temperature: float = 0.8
+    """0 is greedy"""
+    top_k: int = 0
+    """draw from the k likeliest tokens, 0 for all"""
+    top_p: float = 0.95
+    """draw from the likeliest tokens that reach this share together"""
+    seed: int = 0
+    """seed of the draws"""
+    ignore_eos: bool = False
+    """go on after the end of the document"""
+    show_depth: bool = False
+    """colour every token by the recursions it took"""
+    device: str = "auto"
+    """cpu, cuda or auto"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type of the weights"""
+    json: bool = False
+    """print one JSON object with tokens and depths as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure loss and bits per byte of a model folder under causal routing."""
+
+    model: ModelFolder
+    """model folder"""
+    data: Path
+    """folder that `mor prepare` wrote, with the model's tokenizer"""
+    split: Literal["val", "heldout", "train"] = "val"
+    """which part of it"""
+    limit_tokens: int = 0
+    """stop after so many tokens, 0 for the whole split"""
+    context: int = 0
+    """tokens of a row; 0 for what the model allows, at most 2048"""
+    also_top_k: bool = False
+    """measure once more with top-k routing, which peeks at the future; only shown beside"""
+    device: str = "auto"
+    """cpu, cuda or auto"""
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Predict parameters, FLOPs, keys and values and memory of a recipe beside its vanilla twin."""
+
+    recipe: RecipePath
+    """TOML file of the fields below; flags given after it win"""
+    json: bool = False
+    """print one JSON object as the last line"""
+    model: ModelConfig
+    train: TrainConfig
+
+
+def run_demo(args: Demo) -> dict[str, Any]:
+    from mor.demo import demo
+
+    return demo(args.out, quick=args.quick, inputs=args.input, seed=args.seed, argv=sys.argv[1:])
+
+
+def run_prepare(args: Prepare) -> dict[str, Any]:
+    from mor.data.prepare import prepare
+
+    manifest = prepare(args.config)
+    for name, split in manifest.splits.items():
+        logger.info("%s: %d documents, %d tokens", name, split.documents, split.tokens)
+    return {"out": str(args.config.out), **dataclasses.asdict(manifest)}
+
+
+def run_train(args: Train) -> dict[str, Any]:
+    from mor.data.loader import PreparedData
+    from mor.train.trainer import train
+
+    recipe = Recipe(model=args.model, train=args.train)
+    summary = train(recipe, data=PreparedData.open(args.data), out=args.out, resume=args.resume)
+    logger.info(
+        "%s: causal validation loss %.4f, %.4f bits per byte at mean depth %.2f",
+        summary.model,
+        summary.val_loss,
+        summary.bits_per_byte,
+        summary.mean_depth,
+    )
+    return summary._asdict()
+
+
+def run_generate(args: Generate) -> dict[str, Any]:
+    from mor.write import write_text
+
+    prompt = args.prompt
+    if args.prompt_file is not None:
+        if args.prompt:
+            raise ValueError("both --prompt and --prompt-file are given; give one of them")
+        is_stdin = str(args.prompt_file) == "-"
+        raw = sys.stdin.buffer.read() if is_stdin else args.prompt_file.read_bytes()
+        try:
+            prompt = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.prompt_file} is not UTF-8 at byte {error.start}") from error
+    return write_text(
+        args.model,
+        prompt,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+        show_depth=args.show_depth,
+        device=args.device,
+        dtype=args.dtype,
+        quiet=args.json,
+    )
+
+
+def run_eval(args: Eval) -> dict[str, Any]:
+    from mor.evals.loss import evaluate_folder
+
+    return evaluate_folder(
+        args.model,
+        args.data,
+        split=args.split,
+        limit_tokens=args.limit_tokens,
+        context=args.context,
+        also_top_k=args.also_top_k,
+        device=args.device,
+    )
+
+
+def run_plan(args: Plan) -> dict[str, Any]:
+    from mor.explore.plan import plan, print_plan
+
+    result = plan(args.model, args.train)
+    if not args.json:
+        print_plan(result)
+    return result
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
+    "demo": (Demo, run_demo),
+    "prepare": (Prepare, run_prepare),
+    "train": (Train, run_train),
+    "generate": (Generate, run_generate),
+    "eval": (Eval, run_eval),
+    "plan": (Plan, run_plan),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        print(f"mor {mor.__version__}")
+        return 0
+    setup_logging()
+    try:
+        check_choice("command", args[0], list(COMMANDS))
+        flags, run = COMMANDS[args[0]]
+        parsed = tyro.cli(flags, args=_with_recipe(args[0], args[1:]), prog=f"mor {args[0]}")
+        result = run(parsed)
+        if parsed.json:
+            print_json(result)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error)
+
+
+def _with_recipe(command: str, args: list[str]) -> list[str]:
+    """Put a recipe's fields as flags right behind it, before the user's own flags."""
+    if command not in ("train", "plan") or not args or args[0].startswith("-"):
+        return args
+    return [args[0], *recipe_flags(read_recipe(Path(args[0]))), *args[1:]]
+
+
+def _report(error: BaseException) -> int:
+    """Say what went wrong and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("\nmor: interrupted", file=sys.stderr)
+        return 130
+    if type(error).__name__ == "Interrupted":
+        print(f"mor: {error}", file=sys.stderr)
+        return 130
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_by_us(error)):
+        print(f"mor: {' '.join(_message(error).split())}", file=sys.stderr)
+        return 2
+    if type(error).__name__ == "OutOfMemoryError":
+        print("mor: the GPU is out of memory; lower train.micro-batch-tokens", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    print("mor: this is a fault of ours; please report it with the lines above", file=sys.stderr)
+    return 1
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Tell a check of ours from a ValueError that some library raised on a bug of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(mor.__file__).parent)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return str(error)
+
+
+def _overview() -> str:
+    lines = ["usage: mor COMMAND [options]     (mor COMMAND --help tells more)", ""]
+    for name, (flags, _) in COMMANDS.items():
+        first = (flags.__doc__ or "").strip().split("\n")[0]
+        lines.append(f"  {name:<10}{first}")
+    return "\n".join(lines)

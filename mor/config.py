@@ -1,0 +1,317 @@
+"""What a model is: one frozen dataclass, checked where it is made. Imports no torch.
+
+Names of sizes are transformers', names of routing are the paper's (arXiv 2507.10524).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+Sharing = Literal["cycle", "middle_cycle"]
+RouterKind = Literal["expert_choice", "fixed", "random"]
+Gating = Literal["auto", "weighted", "residual", "none"]
+KVStrategy = Literal["per_recursion"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of a model. `num_recursions = 1` with the `fixed` router is a plain Llama.
+
+    Raises ValueError, in one line that names the value and the fix, for sizes that do not fit.
+    """
+
+    vocab_size: int = 49152
+    """entries of the tokenizer"""
+    hidden_size: int = 576
+    """width of the residual stream"""
+    intermediate_size: int = 1536
+    """width of the gated feed-forward layer"""
+    num_hidden_layers: int = 30
+    """layers after unrolling: prelude + recursions x block + coda"""
+    num_attention_heads: int = 9
+    """query heads"""
+    num_key_value_heads: int = 3
+    """key and value heads; divides the query heads"""
+    head_dim: int | None = None
+    """size of one head; hidden_size / num_attention_heads unless given"""
+    max_position_embeddings: int = 2048
+    """longest context, in tokens"""
+    rope_theta: float = 10000.0
+    """base of the rotary embedding"""
+    rms_norm_eps: float = 1e-5
+    """epsilon of the norms"""
+    tie_word_embeddings: bool = True
+    """one matrix for embedding and head"""
+    initializer_range: float = 0.02
+    """standard deviation of fresh weights"""
+    bos_token_id: int | None = None
+    """token that begins a document"""
+    eos_token_id: int | None = None
+    """token that ends a document"""
+
+    num_recursions: int = 1
+    """R, how often the shared block can be applied to a token"""
+    sharing: Sharing = "middle_cycle"
+    """which layers are shared; the middle maps keep the first and the last layer to themselves"""
+    router: RouterKind = "fixed"
+    """who decides the depth; fixed gives every token the full depth, random is the control"""
+    capacity: tuple[float, ...] = ()
+    """share of tokens active at each recursion; (R - r + 1) / R unless given"""
+    gating: Gating = "auto"
+    """how a recursion's result joins the stream; auto is none for fixed, weighted for the others"""
+    router_alpha: float = 0.1
+    """scale of the weighted gate"""
+    router_aux_loss_coef: float = 0.001
+    """weight of the loss that teaches scores to predict the top-k choice"""
+    router_seed: int = 0
+    """seed of the random router"""
+    kv_strategy: KVStrategy = "per_recursion"
+    """which keys and values a recursion sees"""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # frozen: resolve the defaults once, here
+        if self.head_dim is None:
+            _require(
+                self.hidden_size % max(self.num_attention_heads, 1) == 0,
+                f"hidden_size {self.hidden_size} does not divide by num_attention_heads "
+                f"{self.num_attention_heads}; change one, or give head_dim",
+            )
+            set_(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.gating == "auto":
+            set_(self, "gating", "none" if self.router == "fixed" else "weighted")
+        if not self.capacity:
+            r_max = self.num_recursions
+            routed = self.router != "fixed"
+            shares = [(r_max - r) / r_max if routed else 1.0 for r in range(r_max)]
+            set_(self, "capacity", tuple(shares))
+        else:
+            set_(self, "capacity", tuple(float(c) for c in self.capacity))
+        self._check_sizes()
+        self._check_routing()
+
+    def _check_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "num_recursions",
+            "head_dim",
+        ):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int) and 1 <= value < 2**31,
+                f"{name} is {value}; give a whole number from 1 to 2147483647",
+            )
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value > 0,
+                f"{name} is {value}; give a positive number",
+            )
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} does not divide by "
+            f"num_key_value_heads {self.num_key_value_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary needs an even one")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value < self.vocab_size,
+                f"{name} is {value}, but the vocabulary has {self.vocab_size} entries",
+            )
+
+    def _check_routing(self) -> None:
+        for name, kind in (
+            ("sharing", Sharing),
+            ("router", RouterKind),
+            ("gating", Gating),
+            ("kv_strategy", KVStrategy),
+        ):
+            check_choice(name, getattr(self, name), kind.__args__)
+        own = self.num_own_layers
+        shared = self.num_hidden_layers - own
+        if shared < self.num_recursions or shared % self.num_recursions:
+            per_block = max(1, math.ceil(shared / self.num_recursions))
+            fits = own + per_block * self.num_recursions
+            raise ValueError(
+                f"num_hidden_layers {self.num_hidden_layers} does not fit {self.num_recursions} "
+                f"recursions of {self.sharing}: {shared} shared layers do not divide; use {fits}"
+            )
+        _require(
+            len(self.capacity) == self.num_recursions,
+            f"capacity has {len(self.capacity)} values for {self.num_recursions} recursions; "
+            "give one each",
+        )
+        _require(
+            all(math.isfinite(c) and 0.0 < c <= 1.0 for c in self.capacity),
+            f"capacity {list(self.capacity)} leaves (0, 1]; give shares of all tokens",
+        )
+        _require(
+            self.capacity[0] == 1.0,
+            f"the first capacity is {self.capacity[0]}; give 1, recursion 1 takes every token",
+        )
+        _require(
+            all(a >= b for a, b in zip(self.capacity, self.capacity[1:], strict=False)),
+            f"capacity {list(self.capacity)} rises; a token that left cannot come back",
+        )
+        if self.router == "fixed":
+            _require(
+                self.gating == "none" and set(self.capacity) == {1.0},
+                "the fixed router takes every token through every recursion: leave gating at none "
+                "and capacity at 1, or choose the router expert_choice",
+            )
+        else:
+            _require(
+                self.num_recursions > 1,
+                f"the router {self.router} needs num_recursions of 2 or more, it is "
+                f"{self.num_recursions}; use the router fixed",
+            )
+            _require(
+                self.gating != "none",
+                f"gating none is not built for the router {self.router}; use weighted or residual",
+            )
+        for name in ("router_alpha", "router_aux_loss_coef"):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value >= 0,
+                f"{name} is {value}; give a number of 0 or more",
+            )
+
+    @property
+    def num_own_layers(self) -> int:
+        """Layers of prelude and coda together, applied once to every token."""
+        return 2 if self.sharing == "middle_cycle" else 0
+
+    @property
+    def num_prelude_layers(self) -> int:
+        return self.num_own_layers // 2
+
+    @property
+    def num_coda_layers(self) -> int:
+        return self.num_own_layers // 2
+
+    @property
+    def num_block_layers(self) -> int:
+        """Layers of the shared block."""
+        return (self.num_hidden_layers - self.num_own_layers) // self.num_recursions
+
+    @property
+    def num_unique_layers(self) -> int:
+        """Layers that have weights of their own."""
+        return self.num_own_layers + self.num_block_layers
+
+    @property
+    def has_router(self) -> bool:
+        return self.router != "fixed"
+
+    @property
+    def capacity_depth(self) -> float:
+        """Mean depth that the capacities ask for."""
+        return sum(self.capacity)
+
+    def twin(self) -> ModelConfig:
+        """Return the vanilla model of equal unrolled layers."""
+        return dataclasses.replace(
+            self,
+            num_recursions=1,
+            router="fixed",
+            gating="auto",
+            capacity=(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        fields = dataclasses.asdict(self)
+        fields["capacity"] = list(self.capacity)
+        return {"model_type": "mor", "format_version": FORMAT_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
+        """Read a config of ours, or a plain Llama's as one recursion.
+
+        Raises ValueError for another model type, format version or an unknown key.
+        """
+        kind = data.get("model_type")
+        if kind == "llama":
+            return cls(**_llama_fields(data, where))
+        if kind != "mor":
+            raise ValueError(f"{where}: model_type is {kind!r}; mor loads mor and llama")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{where}: format version is {data.get('format_version')}, this mor reads "
+                f"{FORMAT_VERSION}; install the mor that wrote it"
+            )
+        rest = {k: v for k, v in data.items() if k not in _NOT_FIELDS}
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in rest:
+            check_choice(f"{where}: key", key, names)
+        missing = [name for name in names if name not in rest]
+        if missing:
+            raise ValueError(f"{where}: {missing[0]} is missing; the file is not whole")
+        rest["capacity"] = tuple(rest["capacity"])
+        try:
+            return cls(**rest)
+        except TypeError as error:
+            raise ValueError(f"{where}: a value has the wrong type ({error})") from error
+
+    @classmethod
+    def load(cls, path: Path) -> ModelConfig:
+        """Read `config.json` at path (the file, or the folder that holds it)."""
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{file} does not hold a JSON object")
+        return cls.from_dict(data, where=str(file))
+
+
+_NOT_FIELDS = ("model_type", "format_version", "architectures", "dtype", "transformers_version")
+
+
+def _llama_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Translate a transformers Llama config; refuse what our layers cannot do."""
+    for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if data.get(key, plain) != plain:
+            raise ValueError(f"{where}: {key} is {data[key]!r}; only {plain!r} is supported")
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"{where}: rotary scaling {rope} is not supported")
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    own = {k: v for k, v in data.items() if k in names}
+    own["sharing"] = "cycle"  # no layer is special, however few there are
+    own.setdefault("num_key_value_heads", data.get("num_attention_heads"))
+    own.setdefault("tie_word_embeddings", False)
+    own.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    for key in ("bos_token_id", "eos_token_id"):
+        if isinstance(own.get(key), list):
+            own[key] = own[key][0]
+    return own
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    """Raise ValueError naming the nearest choice when value is not one of them."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+    raise ValueError(f"{name} {value!r} is unknown; {hint}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

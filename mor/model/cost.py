@@ -1,0 +1,186 @@
+"""What a model costs: parameters, FLOPs, keys and values, memory, as functions of the depth.
+
+One multiply-add is two FLOPs. Grouped-query attention, router and head are counted; embedding
+look-ups, norms and activations are not. `active` is always the share of tokens active at each
+recursion, so the mean depth is its sum. Training is three times the forward pass.
+Formulas: FACTS of arXiv 2507.10524 counted honestly (the paper ignores grouped heads and the head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mor.config import ModelConfig
+
+
+class ParamCount(NamedTuple):
+    unique: int
+    """weights stored"""
+    nonembedding: int
+    """stored weights without embedding and head"""
+    effective: int
+    """weights that a token of full depth passes, counted each time"""
+
+
+def layer_params(config: ModelConfig) -> int:
+    """Weights of one layer, norms included."""
+    d, k = config.hidden_size, config.head_dim
+    attention = 2 * d * k * (config.num_attention_heads + config.num_key_value_heads)
+    return attention + 3 * d * config.intermediate_size + 2 * d
+
+
+def count_params(config: ModelConfig) -> ParamCount:
+    """Count parameters; the thresholds are buffers and not counted."""
+    d = config.hidden_size
+    embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    rest = d + (config.num_recursions * d if config.has_router else 0)  # last norm and routers
+    own = config.num_unique_layers * layer_params(config) + rest
+    unrolled = config.num_hidden_layers * layer_params(config) + rest
+    return ParamCount(embedding + own, own, embedding + unrolled)
+
+
+def linear_flops(config: ModelConfig) -> int:
+    """FLOPs of one layer's matrix products for one token."""
+    return 2 * (layer_params(config) - 2 * config.hidden_size)
+
+
+def pair_flops(config: ModelConfig) -> int:
+    """FLOPs of one layer for one pair of a query and a key it sees."""
+    return 4 * config.num_attention_heads * config.head_dim
+
+
+def forward_flops(
+    config: ModelConfig,
+    *,
+    tokens: float,
+    pairs: float,
+    active_tokens: Sequence[float],
+    active_pairs: Sequence[float],
+    head_tokens: float,
+) -> float:
+    """Sum a forward pass from counts.
+
+    tokens, pairs                what prelude and coda see: rows, and attended (query, key) pairs
+    active_tokens, active_pairs  the same at each recursion
+    head_tokens                  rows whose logits are computed
+    """
+    linear, pair = linear_flops(config), pair_flops(config)
+    flops = config.num_own_layers * (tokens * linear + pairs * pair)
+    flops += head_tokens * 2 * config.hidden_size * config.vocab_size
+    candidates = tokens
+    for active, attended in zip(active_tokens, active_pairs, strict=True):
+        if config.has_router:
+            flops += candidates * 2 * config.hidden_size
+        flops += config.num_block_layers * (active * linear + attended * pair)
+        candidates = active
+    return flops
+
+
+def sequence_flops(
+    config: ModelConfig, length: int, *, active: Sequence[float] | None = None, head: bool = True
+) -> float:
+    """FLOPs of one forward pass over a sequence, active tokens spread evenly over it.
+
+    active  share of tokens at each recursion; the capacities unless given
+    """
+    shares = config.capacity if active is None else active
+    counts = [share * length for share in shares]
+    return forward_flops(
+        config,
+        tokens=length,
+        pairs=_causal_pairs(length),
+        active_tokens=counts,
+        active_pairs=[_causal_pairs(count) for count in counts],
+        head_tokens=length if head else 0,
+    )
+
+
+def _causal_pairs(count: float) -> float:
+    return count * (count + 1) / 2
+
+
+def training_flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs of forward and backward for one token of a packed row of `length` tokens."""
+    return 3 * sequence_flops(config, length) / length
+
+
+def decode_flops_per_token(
+    config: ModelConfig, context: int, *, active: Sequence[float] | None = None
+) -> float:
+    """FLOPs to decode one token after `context` tokens, at the given shares."""
+    shares = config.capacity if active is None else active
+    return forward_flops(
+        config,
+        tokens=1,
+        pairs=context + 1,
+        active_tokens=shares,
+        active_pairs=[share * (share * context + 1) for share in shares],
+        head_tokens=1,
+    )
+
+
+def generation_flops(config: ModelConfig, depths: Sequence[int]) -> float:
+    """FLOPs to run tokens of these depths one after the other, attended keys counted exactly.
+
+    A token of depth r is active at recursions 1..r and sees the earlier ones active there.
+    """
+    active_tokens = [0.0] * config.num_recursions
+    active_pairs = [0.0] * config.num_recursions
+    for depth in depths:
+        for r in range(depth):
+            active_tokens[r] += 1
+            active_pairs[r] += active_tokens[r]
+    return forward_flops(
+        config,
+        tokens=len(depths),
+        pairs=_causal_pairs(len(depths)),
+        active_tokens=active_tokens,
+        active_pairs=active_pairs,
+        head_tokens=len(depths),
+    )
+
+
+def kv_bytes_per_token(
+    config: ModelConfig, *, element_bytes: int = 2, active: Sequence[float] | None = None
+) -> float:
+    """Bytes of keys and values that a token leaves behind on average."""
+    shares = config.capacity if active is None else active
+    a_layer = 2 * config.num_key_value_heads * config.head_dim * element_bytes
+    return a_layer * (config.num_own_layers + config.num_block_layers * sum(shares))
+
+
+def weight_bytes_per_step(
+    config: ModelConfig, *, element_bytes: int = 2, active: Sequence[float] | None = None
+) -> float:
+    """Bytes of weights read to decode one token alone: the block once per recursion it takes."""
+    shares = config.capacity if active is None else active
+    layers = config.num_own_layers + config.num_block_layers * sum(shares)
+    head = config.vocab_size * config.hidden_size
+    routers = config.hidden_size * sum((1.0, *shares)[: config.num_recursions])
+    rest = config.hidden_size + (routers if config.has_router else 0)
+    return element_bytes * (layers * layer_params(config) + head + rest)
+
+
+def saved_floats_per_token(config: ModelConfig) -> float:
+    """Numbers that one layer keeps for its backward pass, for one token.
+
+    Two norm inputs and outputs with their scales, rotated q, k, v (k and v repeated for
+    their groups), attention's output, gate, up and their products. Held to the measured bytes by a
+    test.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    repeated = 2 * q if q != kv else 2 * kv
+    return 4 * d + 2 * q + repeated + 4 * f
+
+
+def training_bytes(
+    config: ModelConfig, *, micro_batch_tokens: int, element_bytes: int = 4
+) -> float:
+    """Estimate peak memory of training: fp32 weights, gradients, two Adam moments, activations."""
+    layers = config.num_own_layers + config.num_block_layers * sum(config.capacity)
+    activations = micro_batch_tokens * layers * saved_floats_per_token(config) * element_bytes
+    stream = micro_batch_tokens * config.hidden_size * (4 + 2 * config.num_recursions)
+    return 16 * count_params(config).unique + activations + stream * element_bytes

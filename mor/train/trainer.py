@@ -1,0 +1,330 @@
+"""Training, to be read top to bottom: loader -> forward -> backward -> clip -> step -> metrics.
+
+The state of a run is (step, weights, optimizer); data order and learning rate are functions of the
+step, so a resumed run repeats the bits of one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mor.checkpoint import model_card, save_model
+from mor.config import ModelConfig
+from mor.data.loader import Batch, PreparedData, TrainLoader, sequential_batches
+from mor.files import claim_folder, read_json, write_json
+from mor.log import logger, progress
+from mor.model.cost import count_params, training_flops_per_token
+from mor.model.mor import MoR
+from mor.ops.device import autocast, pick_device, pick_dtype
+from mor.train.config import Recipe, recipe_to_dict
+from mor.train.heldout import measure_loss, set_thresholds
+from mor.train.metrics import (
+    MetricsFile,
+    RoutingMeter,
+    measure_peak_flops,
+    peak_memory_bytes,
+)
+from mor.train.optim import build_optimizer, learning_rate
+from mor.train.state import Checkpoints
+
+
+class Interrupted(Exception):
+    """The user stopped a run; a checkpoint of the last whole step is on disk."""
+
+
+class TrainSummary(NamedTuple):
+    """What a finished run reports; `summary.json` holds the same."""
+
+    model: str
+    steps: int
+    tokens: int
+    train_flops: float
+    train_seconds: float
+    peak_bytes: int
+    val_loss: float
+    bits_per_byte: float
+    mean_depth: float
+    active_share: tuple[float, ...]
+
+
+def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False) -> TrainSummary:
+    """Train a model from a recipe on prepared data; the model folder ends as `out/model`.
+
+    out     new or empty folder, or a run to go on with
+    resume  go on from the newest checkpoint in `out`
+    Raises  ValueError for settings that do not fit, a folder that holds another run, or a step
+            whose loss is not finite (the last good checkpoint stays); Interrupted after Ctrl-C
+    """
+    recipe = dataclasses.replace(recipe, model=fit_to_data(recipe.model, data, recipe))
+    config = recipe.train
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    loader = TrainLoader(
+        data.split("train"),
+        row_tokens=config.context,
+        seed=config.seed,
+        eos_token_id=data.manifest.eos_token_id,
+    )
+    heldout = heldout_batches(data, recipe)
+    _open_run(out, recipe, data, resume=resume)
+
+    torch.manual_seed(config.seed)
+    model = MoR(recipe.model).to(device).train()
+    optimizer = build_optimizer(model, config)
+    flops_per_token = training_flops_per_token(recipe.model, config.context)
+    num_steps = config.num_steps(flops_per_token)
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0}
+    if resume:
+        state = checkpoints.load_newest(model, optimizer) or state
+        logger.info("resuming %s at step %d of %d", out, state["step"], num_steps)
+    metrics = MetricsFile(out / "metrics.jsonl", keep_up_to_step=state["step"])
+    peak_flops = measure_peak_flops(device, dtype)
+    meter = RoutingMeter(model, config.context)
+    eval_every = config.eval_every or max(1, num_steps // 10)
+    checkpoint_every = config.checkpoint_every or max(1, num_steps // 10)
+    first_step, start_s = state["step"], time.monotonic() - state["seconds"]
+    log_s, log_step = time.monotonic(), first_step
+
+    with progress(f"train {out.name}", num_steps) as bar, _stop_on_interrupt() as stop:
+        bar.advance(first_step)
+        try:
+            for step in range(first_step, num_steps):
+                rate = learning_rate(step, num_steps, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                losses = _step(model, optimizer, loader, step, recipe, device, dtype, meter)
+                if not math.isfinite(losses["loss"]) or not math.isfinite(losses["grad_norm"]):
+                    raise ValueError(_bad_step(step, losses, checkpoints))
+                done = step + 1
+                bar.advance(1, note=f"loss {losses['loss']:.3f}")
+                if done % config.log_every == 0 or done == num_steps:
+                    now_s = time.monotonic()
+                    tokens_per_s = (done - log_step) * config.batch_tokens / (now_s - log_s)
+                    flops_per_s = tokens_per_s * flops_per_token
+                    speed = {
+                        "tokens_per_s": tokens_per_s,
+                        "flops_per_s": flops_per_s,
+                        "peak_share": flops_per_s / peak_flops,
+                        "peak_memory_bytes": peak_memory_bytes(device),
+                        "seconds": now_s - start_s,
+                    }
+                    tokens = done * config.batch_tokens
+                    counts = {"tokens": tokens, "train_flops": tokens * flops_per_token, "lr": rate}
+                    metrics.write(done, {**counts, **losses, **speed, **meter.read()})
+                    meter.reset()
+                    log_s, log_step = now_s, done
+                if done % eval_every == 0 and done < num_steps:
+                    result = measure_loss(model, heldout, dtype=dtype)
+                    line = {"heldout_loss": result.loss, "heldout_active": list(result.active)}
+                    metrics.write(done, line)
+                    log_s, log_step = time.monotonic(), done
+                state = {"step": done, "seconds": time.monotonic() - start_s}
+                if done % checkpoint_every == 0 or done == num_steps or stop.is_set():
+                    checkpoints.save(model, optimizer, state)
+                    log_s, log_step = time.monotonic(), done
+                if stop.is_set() and done < num_steps:
+                    raise Interrupted(
+                        f"stopped after step {done} of {num_steps}; add --resume to go on"
+                    )
+        finally:
+            checkpoints.close()
+            metrics.close()
+    return _finish(model, recipe, data, out, heldout, state, num_steps, flops_per_token, dtype)
+
+
+def _step(
+    model: MoR,
+    optimizer: torch.optim.Optimizer,
+    loader: TrainLoader,
+    step: int,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    meter: RoutingMeter,
+) -> dict[str, float]:
+    """Do one optimizer step; nothing is updated when loss or gradients are not finite.
+
+    Every loss is a sum over tokens divided by the tokens of the whole step, so splitting the batch
+    into micro-batches changes nothing.
+    """
+    config = recipe.train
+    tokens = config.batch_tokens
+    loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+    router_sum = torch.zeros_like(loss_sum)
+    for start in range(0, config.batch_rows, config.micro_batch_rows):
+        first = step * config.batch_rows + start
+        batch = loader.batch(first, config.micro_batch_rows).to(device)
+        with autocast(device, dtype):
+            out = model(
+                batch.input_ids_BT,
+                labels=batch.labels_BT,
+                segments=batch.segment_BT,
+                rule="train",
+            )
+        assert out.loss_sum is not None
+        loss = out.loss_sum / tokens
+        if out.router_loss_sum is not None:
+            loss = loss + recipe.model.router_aux_loss_coef * out.router_loss_sum / tokens
+            router_sum += out.router_loss_sum.detach()
+        loss.backward()
+        loss_sum += out.loss_sum.detach()
+        meter.add(out)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    losses = {
+        "loss": float(loss_sum) / tokens,
+        "router_loss": float(router_sum) / tokens,
+        "grad_norm": float(grad_norm),
+    }
+    if all(map(math.isfinite, losses.values())):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def _finish(
+    model: MoR,
+    recipe: Recipe,
+    data: PreparedData,
+    out: Path,
+    heldout: list[Batch],
+    state: dict[str, Any],
+    num_steps: int,
+    flops_per_token: float,
+    dtype: torch.dtype,
+) -> TrainSummary:
+    """Set the thresholds, measure the validation text, write the model folder and the summary."""
+    config = recipe.train
+    calibration = set_thresholds(model, heldout, dtype=dtype)
+    batches = sequential_batches(
+        data.split("val"),
+        row_tokens=config.context,
+        batch_rows=config.micro_batch_rows,
+        eos_token_id=data.manifest.eos_token_id,
+    )
+    result = measure_loss(model, batches, dtype=dtype)
+    val = data.split("val")
+    bits_per_byte = result.bits_per_byte(val.tokens / val.bytes)
+    tokens = num_steps * config.batch_tokens
+    summary = TrainSummary(
+        model=str(out / "model"),
+        steps=num_steps,
+        tokens=tokens,
+        train_flops=tokens * flops_per_token,
+        train_seconds=state["seconds"],
+        peak_bytes=peak_memory_bytes(model.device),
+        val_loss=result.loss,
+        bits_per_byte=bits_per_byte,
+        mean_depth=result.mean_depth,
+        active_share=result.active,
+    )
+    card = model_card(
+        model,
+        f"Trained on {tokens:,} tokens ({tokens / count_params(recipe.model).nonembedding:.1f} per "
+        f"non-embedding parameter). Causal validation loss {result.loss:.4f} nats per token, "
+        f"{bits_per_byte:.4f} bits per byte, at mean depth {result.mean_depth:.3f}.\n",
+    )
+    save_model(
+        model, out / "model", tokenizer=data.tokenizer(), calibration=calibration or None, card=card
+    )
+    write_json(out / "summary.json", summary._asdict())
+    return summary
+
+
+def heldout_batches(data: PreparedData, recipe: Recipe) -> list[Batch]:
+    """Return the held-out rows that thresholds and progress are measured on."""
+    config = recipe.train
+    return list(
+        sequential_batches(
+            data.split("heldout"),
+            row_tokens=config.context,
+            batch_rows=config.micro_batch_rows,
+            eos_token_id=data.manifest.eos_token_id,
+            limit_rows=max(1, config.eval_tokens // config.context),
+        )
+    )
+
+
+def fit_to_data(model: ModelConfig, data: PreparedData, recipe: Recipe) -> ModelConfig:
+    """Take vocabulary and document token from the data; refuse what does not fit it."""
+    vocab = data.manifest.vocab_size
+    default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == "vocab_size")
+    size = vocab if model.vocab_size == default else model.vocab_size
+    if size < vocab:
+        raise ValueError(
+            f"vocab_size is {size}, but the data has token ids up to {vocab - 1}; leave it out"
+        )
+    if recipe.train.context > model.max_position_embeddings:
+        raise ValueError(
+            f"context {recipe.train.context} is longer than the model's max_position_embeddings "
+            f"{model.max_position_embeddings}; lower one or raise the other"
+        )
+    eos = data.manifest.eos_token_id
+    return dataclasses.replace(model, vocab_size=size, bos_token_id=eos, eos_token_id=eos)
+
+
+def _open_run(out: Path, recipe: Recipe, data: PreparedData, *, resume: bool) -> None:
+    """Claim a new run folder, or hold a resumed one to the recipe and data it began with."""
+    run = {**recipe_to_dict(recipe), "data_sha256": data.manifest.corpus_sha256}
+    run = json.loads(json.dumps(run))
+    file = out / "run.json"
+    if not resume:
+        if file.is_file():
+            raise ValueError(f"{out} already holds a run; add --resume to go on, or change --out")
+        claim_folder(out, what="the run")
+        write_json(file, run)
+        return
+    if not file.is_file():
+        raise ValueError(f"{out} holds no run to resume; leave out --resume")
+    before = read_json(file)
+    for table in ("model", "train"):
+        for key, value in run[table].items():
+            was = before.get(table, {}).get(key)
+            if was != value:
+                raise ValueError(
+                    f"{table}.{key} is {value}, the run in {out} began with {was}; "
+                    "use the same recipe and flags"
+                )
+    if before.get("data_sha256") != run["data_sha256"]:
+        raise ValueError(f"the data is not what the run in {out} began with; give the same --data")
+
+
+def _bad_step(step: int, losses: dict[str, float], checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was due yet"
+    return (
+        f"step {step + 1}: loss is {losses['loss']}, gradient norm {losses['grad_norm']}; {kept}; "
+        "lower train.lr or look at the data there"
+    )
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a flag read between steps; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
