@@ -5,7 +5,11 @@ Exit codes: 0 done, 2 the user's mistake (one line says what to do), 1 a fault o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import io
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,8 +25,8 @@ from mor.data.config import PrepareConfig
 from mor.log import logger, print_json, setup_logging
 from mor.train.config import Recipe, TrainConfig, read_recipe, recipe_flags
 
-RecipePath = Annotated[Path, tyro.conf.Positional]
-ModelFolder = Annotated[Path, tyro.conf.Positional]
+RecipePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+ModelFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +244,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_choice("command", args[0], list(COMMANDS))
         flags, run = COMMANDS[args[0]]
-        parsed = tyro.cli(flags, args=_with_recipe(args[0], args[1:]), prog=f"mor {args[0]}")
+        parsed = _parse(flags, _with_recipe(args[0], args[1:]), prog=f"mor {args[0]}")
         result = run(parsed)
         if parsed.json:
             print_json(result)
+        if result.get("failure"):
+            print(f"mor: {result['failure']}", file=sys.stderr)
+            return 1
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return _report(error)
@@ -251,9 +258,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _with_recipe(command: str, args: list[str]) -> list[str]:
     """Put a recipe's fields as flags right behind it, before the user's own flags."""
-    if command not in ("train", "plan") or not args or args[0].startswith("-"):
+    if command not in ("train", "plan") or not args or {"-h", "--help"}.intersection(args):
         return args
+    if args[0].startswith("-"):
+        raise ValueError(f"{args[0]} stands before the recipe; write mor {command} RECIPE [flags]")
     return [args[0], *recipe_flags(read_recipe(Path(args[0]))), *args[1:]]
+
+
+def _parse(flags: type, args: list[str], *, prog: str) -> Any:
+    """Parse flags; the box in which tyro says what is wrong becomes one line of a ValueError."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(flags, args=args, prog=prog)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        error: BaseException | None = stop
+        while error is not None:  # a check of ours, if one stands behind it, says it best
+            if isinstance(error, ValueError) and _raised_by_us(error):
+                raise ValueError(str(error)) from stop
+            error = error.__context__
+        raise ValueError(f"{_first_words(said.getvalue())}; see {prog} --help") from stop
+
+
+def _first_words(box: str) -> str:
+    """Return the first section of a box as one line, with the flag that it suggests."""
+    lines = [re.sub("[\u2500-\u257f]", "", line).strip() for line in box.splitlines()]
+    sections = " ".join(line or "\n" for line in lines[1:]).split("\n")
+    first, *others = [" ".join(section.split()) for section in sections]
+    suggested = re.search(r"Perhaps you meant: (--\S+)", " ".join(others))
+    return f"{first}; did you mean {suggested.group(1)}?" if suggested else first
 
 
 def _report(error: BaseException) -> int:
@@ -267,8 +302,9 @@ def _report(error: BaseException) -> int:
     if isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         print(f"mor: {' '.join(_message(error).split())}", file=sys.stderr)
         return 2
-    if type(error).__name__ == "OutOfMemoryError":
-        print("mor: the GPU is out of memory; lower train.micro-batch-tokens", file=sys.stderr)
+    if _is_out_of_memory(error):
+        fix = "lower train.micro-batch-tokens or make the model smaller"
+        print(f"mor: there is not enough memory; {fix}", file=sys.stderr)
         return 2
     traceback.print_exception(error)
     print("mor: this is a fault of ours; please report it with the lines above", file=sys.stderr)
@@ -283,8 +319,32 @@ def _raised_by_us(error: BaseException) -> bool:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}"
+        fix = _FIXES.get(error.errno or 0)
+        return f"{error.filename or 'output'}: {error.strerror}" + (f"; {fix}" if fix else "")
     return str(error)
+
+
+_FIXES = {
+    errno.ENOENT: "give a path that exists",
+    errno.ENOSPC: "free some space or write to another disk",
+    errno.EDQUOT: "free some space or write to another disk",
+    errno.EACCES: "change its permissions or give another path",
+    errno.EPERM: "change its permissions or give another path",
+    errno.EROFS: "write to another disk",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "give a folder",
+}
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Recognise what PyTorch raises on a GPU and, as a plain RuntimeError, on a CPU."""
+    texts = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
+        )
+    )
 
 
 def _overview() -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,8 +41,8 @@ class ModelConfig:
     """query heads"""
     num_key_value_heads: int = 3
     """key and value heads; divides the query heads"""
-    head_dim: int | None = None
-    """size of one head; hidden_size / num_attention_heads unless given"""
+    head_dim: int = 0
+    """size of one head; 0 for hidden_size / num_attention_heads"""
     max_position_embeddings: int = 2048
     """longest context, in tokens"""
     rope_theta: float = 10000.0
@@ -78,7 +79,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # frozen: resolve the defaults once, here
-        if self.head_dim is None:
+        if self.head_dim == 0:
             _require(
                 self.hidden_size % max(self.num_attention_heads, 1) == 0,
                 f"hidden_size {self.hidden_size} does not divide by num_attention_heads "
@@ -140,7 +141,7 @@ class ModelConfig:
             ("gating", Gating),
             ("kv_strategy", KVStrategy),
         ):
-            check_choice(name, getattr(self, name), kind.__args__)
+            check_choice(name, getattr(self, name), typing.get_args(kind))
         own = self.num_own_layers
         shared = self.num_hidden_layers - own
         if shared < self.num_recursions or shared % self.num_recursions:
@@ -246,7 +247,7 @@ class ModelConfig:
         """
         kind = data.get("model_type")
         if kind == "llama":
-            return cls(**_llama_fields(data, where))
+            return _build(_llama_fields(data, where), where)
         if kind != "mor":
             raise ValueError(f"{where}: model_type is {kind!r}; mor loads mor and llama")
         if data.get("format_version") != FORMAT_VERSION:
@@ -261,11 +262,7 @@ class ModelConfig:
         missing = [name for name in names if name not in rest]
         if missing:
             raise ValueError(f"{where}: {missing[0]} is missing; the file is not whole")
-        rest["capacity"] = tuple(rest["capacity"])
-        try:
-            return cls(**rest)
-        except TypeError as error:
-            raise ValueError(f"{where}: a value has the wrong type ({error})") from error
+        return _build(rest, where)
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
@@ -280,6 +277,16 @@ class ModelConfig:
         return cls.from_dict(data, where=str(file))
 
 
+def _build(fields: dict[str, Any], where: str) -> ModelConfig:
+    """Make a config of what a file holds; errors name the file."""
+    try:
+        return ModelConfig(**fields | {"capacity": tuple(fields.get("capacity", ()))})
+    except TypeError as error:
+        raise ValueError(f"{where}: a value has the wrong type ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 _NOT_FIELDS = ("model_type", "format_version", "architectures", "dtype", "transformers_version")
 
 
@@ -292,10 +299,11 @@ def _llama_fields(data: dict[str, Any], where: str) -> dict[str, Any]:
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{where}: rotary scaling {rope} is not supported")
     names = {f.name for f in dataclasses.fields(ModelConfig)}
-    own = {k: v for k, v in data.items() if k in names}
+    own = {k: v for k, v in data.items() if k in names and v is not None}
     own["sharing"] = "cycle"  # no layer is special, however few there are
     own.setdefault("num_key_value_heads", data.get("num_attention_heads"))
-    own.setdefault("tie_word_embeddings", False)
+    own.setdefault("tie_word_embeddings", False)  # here and below: transformers' own defaults
+    own.setdefault("rms_norm_eps", 1e-6)
     own.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(own.get(key), list):

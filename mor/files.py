@@ -37,8 +37,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        for file in part.rglob("*"):
-            _sync(file)
+        for path_in_part in (*part.rglob("*"), part):
+            _sync(path_in_part)
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         if path.exists():
             os.replace(path, old)
@@ -75,6 +75,16 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left half-written in folder; no other process may be writing there."""
+    for pattern in (".*.part-*", ".*.old-*"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def claim_folder(path: Path, *, what: str) -> Path:

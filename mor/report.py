@@ -89,6 +89,9 @@ def curves_svg(
     log_x: bool = False,
 ) -> str:
     """Return a line chart of name -> (x, y) as a figure with inline SVG. NaN leaves a gap."""
+    require_report_extra()
+    from matplotlib.ticker import EngFormatter
+
     with _chart(x_label, y_label, list(series)) as (chart, axes):
         for i, (name, (x, y)) in enumerate(series.items()):
             axes.plot(
@@ -102,6 +105,7 @@ def curves_svg(
             )
         if log_x:
             axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.margins(x=0.01)
     return chart.html
 
@@ -119,7 +123,8 @@ def histogram_svg(shares: Mapping[str, Sequence[float]], x_label: str, y_label: 
                 label=name,
                 color=_SERIES[i % len(_SERIES)],
             )
-            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8, color=_INK)
+            labels = [f"{100 * value:.0f}" if value else "" for value in values]
+            axes.bar_label(bars, labels, padding=2, fontsize=8, color=_INK)
         deepest = max(len(values) for values in shares.values())
         axes.set_xticks(range(1, deepest + 1))
         axes.set_xlim(0.5, deepest + 0.5)
@@ -301,7 +306,7 @@ _STYLE = """\
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14161a; --card: #1c1f25; --ink: #e7e9ed; --soft: #a3abb8; --line: #333842;
-    --accent: #6cb6ff; --flat: 15%; --span: 28%; --tint: 64%;
+    --accent: #6cb6ff; --flat: 15%; --span: 24%; --tint: 64%;
     --series-1: #56b4e9; --series-2: #ff9a56; --series-3: #3ccfa2;
     --series-4: #e79cc8; --series-5: #e6c84b; --series-6: #a3abb8;
   }

@@ -41,12 +41,14 @@ def write_text(
     The result holds text, tokens, depths (of new tokens), prompt_depths, mean_depth (of all),
     flops_saved (share, against every token at full depth), kv_bytes and tokens_per_s.
     """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; give a number of at most 63 bits")
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     model = load_model(folder, dtype=getattr(torch, dtype), device=pick_device(device))
-    tokenizer = Tokenizer.load(folder)
     config = model.config
+    tokenizer = Tokenizer.load(folder, eos_token=config.eos_token_id)
     first = [] if config.bos_token_id is None else [config.bos_token_id]
     ids = [*first, *tokenizer.encode(prompt)]
     printer = _Printer(show_depth, quiet, config.num_recursions)

@@ -5,10 +5,12 @@ torch is prepared only where a test file has imported it, so tests without torch
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -52,3 +54,72 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+WORDS = "the a cat dog sees likes finds red blue old small house tree river bird and but so".split()
+TINY_RECIPE = """# Trains in a second.
+[model]
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 5
+num_attention_heads = 2
+num_key_value_heads = 1
+max_position_embeddings = 64
+num_recursions = 3
+router = "expert_choice"
+router_aux_loss_coef = 0.1
+
+[train]
+budget_tokens = 1536
+context = 32
+batch_tokens = 128
+micro_batch_tokens = 64
+dtype = "float32"
+device = "cpu"
+log_every = 1
+eval_every = 5
+eval_tokens = 256
+checkpoint_every = 4
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of prepared sentences, vocabulary 280."""
+    from mor.data.config import PrepareConfig
+    from mor.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tiny")
+    draw = random.Random(0)
+    texts = (" ".join(draw.choices(WORDS, k=30)) + ".\n" for _ in range(150))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "corpus.jsonl").write_text(lines, encoding="utf-8")
+    config = PrepareConfig(
+        input=(folder / "corpus.jsonl",),
+        out=folder / "data",
+        vocab_size=280,
+        val_fraction=0.1,
+        heldout_fraction=0.1,
+    )
+    prepare(config)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe of a tiny MoR: 12 steps in fp32, 2 micro-batches each."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(TINY_RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of the recipe; tests only read it."""
+    from mor.data.loader import PreparedData
+    from mor.train.config import load_recipe
+    from mor.train.trainer import train
+
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    train(load_recipe(tiny_recipe), data=PreparedData.open(tiny_data), out=out)
+    return out

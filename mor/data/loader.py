@@ -35,7 +35,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        return Batch(*(None if t is None else t.to(device) for t in self))
+        segment_BT = None if self.segment_BT is None else self.segment_BT.to(device)
+        return Batch(self.input_ids_BT.to(device), self.labels_BT.to(device), segment_BT)
 
 
 class TokenSplit:

@@ -41,15 +41,17 @@ def evaluate_folder(
         raise ValueError("--limit-tokens and --context take 0 or more")
     if data.manifest.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"{data_folder} has token ids up to {data.manifest.vocab_size - 1}, the model's "
-            f"vocabulary {model.config.vocab_size} entries; prepare the text with the model's tokenizer"
+            f"{data_folder} has token ids beyond the model's vocabulary of "
+            f"{model.config.vocab_size} entries; prepare the text with the model's tokenizer"
         )
-    _check_tokenizer(folder, data)
+    _check_tokenizer(folder, data, model.config.eos_token_id)
     context = context or min(most, 2048)
     tokens = data.split(split)
 
     def measure(rule: Rule) -> HeldoutResult:
-        rows = max(1, min(tokens.rows(context), limit_tokens // context or tokens.rows(context)))
+        rows = max(1, tokens.rows(context))
+        if limit_tokens:
+            rows = min(rows, max(1, limit_tokens // context))
         batches = sequential_batches(
             tokens,
             row_tokens=context,
@@ -100,13 +102,14 @@ def evaluate_folder(
     return report
 
 
-def _check_tokenizer(folder: Path, data: PreparedData) -> None:
+def _check_tokenizer(folder: Path, data: PreparedData, eos_token_id: int | None) -> None:
     from mor.tokenizer import Tokenizer
 
     if not (folder / "tokenizer.json").is_file():
         logger.warning("%s has no tokenizer.json; trusting that the data's ids are its own", folder)
         return
-    if Tokenizer.load(folder).fingerprint() != data.tokenizer().fingerprint():
+    tokenizer = Tokenizer.load(folder, eos_token=eos_token_id)
+    if tokenizer.fingerprint() != data.tokenizer().fingerprint():
         raise ValueError(
             f"{data.folder} was prepared with another tokenizer than {folder} has; prepare the "
             f"text with --tokenizer {folder}"

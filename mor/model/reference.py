@@ -57,9 +57,9 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
     router_loss: Tensor | None = None
     stats = []
     for r in range(config.num_recursions):
-        gate_BT1, score_N, candidate_BT = None, x_ND.new_empty(0), active_BT
+        gate_BT1, score_N, score_BT, candidate_BT = None, x_ND.new_empty(0), None, active_BT
         if config.has_router:
-            router = stack.routers[r]
+            router = stack.router(r)
             logit_BT = router.logit(x_BTD)
             score_BT = torch.sigmoid(logit_BT.detach())
             score_N = score_BT[candidate_BT]
@@ -73,8 +73,8 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
                 loss = loss[candidate_BT].sum() / config.capacity[max(r - 1, 0)]
                 router_loss = loss + (0 if router_loss is None else router_loss)
         passing = x_ND.new_empty(0)
-        if config.has_router:
-            causal_BT = _chosen(stack, r, torch.sigmoid(logit_BT), candidate_BT, rows, "causal")
+        if score_BT is not None:
+            causal_BT = _chosen(stack, r, score_BT, candidate_BT, rows, "causal")
             passing = (candidate_BT & causal_BT).sum()
         stats.append(
             RecursionStats(int(candidate_BT.sum()), int(active_BT.sum()), passing, score_N)
@@ -100,7 +100,7 @@ def _chosen(
     rule: Rule,
 ) -> Tensor:
     """Mark the tokens that recursion takes, before asking whether they are candidates."""
-    config, router = stack.config, stack.routers[recursion]
+    config, router = stack.config, stack.router(recursion)
     if config.router == "random":
         slot_N = rows.slot_N()
         draw_BT = hash_uniform(

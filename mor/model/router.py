@@ -57,7 +57,7 @@ class Router(nn.Module):
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
+            return tensor.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 else moved
 
         return super()._apply(keep_wide, recurse)
 

@@ -10,7 +10,7 @@ Shapes: N packed rows, A active rows, D width, R recursions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,17 +62,23 @@ class Stack(nn.Module):
         )
 
     @property
-    def prelude(self) -> Sequence[Layer]:
-        return self.layers[: self.config.num_prelude_layers]
+    def prelude(self) -> list[Layer]:
+        return self._layers(0, self.config.num_prelude_layers)
 
     @property
-    def block(self) -> Sequence[Layer]:
-        start = self.config.num_prelude_layers
-        return self.layers[start : start + self.config.num_block_layers]
+    def block(self) -> list[Layer]:
+        return self._layers(self.config.num_prelude_layers, self.config.num_block_layers)
 
     @property
-    def coda(self) -> Sequence[Layer]:
-        return self.layers[self.config.num_prelude_layers + self.config.num_block_layers :]
+    def coda(self) -> list[Layer]:
+        first = self.config.num_prelude_layers + self.config.num_block_layers
+        return self._layers(first, self.config.num_coda_layers)
+
+    def _layers(self, first: int, count: int) -> list[Layer]:
+        return [cast(Layer, self.layers[index]) for index in range(first, first + count)]
+
+    def router(self, recursion: int) -> Router:
+        return cast(Router, self.routers[recursion])
 
     def forward(
         self, x_ND: Tensor, rows: Rows, *, rule: Rule, cache: KVCache | None = None
@@ -115,9 +121,9 @@ class Stack(nn.Module):
             gate_A1, num_candidates = None, len(rows)
             score_N = passing = x_ND.new_empty(0)
             if self.config.has_router:
-                routing = self.routers[r](x_ND, rows, rule=rule)
+                routing = self.router(r)(x_ND, rows, rule=rule)
                 score_N, gate_A1 = routing.score_N, routing.gate_A1
-                passing = self.routers[r].passes(score_N, rows).sum()
+                passing = self.router(r).passes(score_N, rows).sum()
                 if routing.loss is not None:
                     router_loss = routing.loss + (0 if router_loss is None else router_loss)
                 if routing.index_A is not None:

@@ -84,6 +84,8 @@ class TrainConfig:
             _check_number(name, getattr(self, name), 1)
         for name in ("micro_batch_tokens", "eval_every", "checkpoint_every", "seed"):
             _check_number(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}; give a number below 2**63")
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number in [0, 1)")

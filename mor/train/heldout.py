@@ -51,6 +51,7 @@ def measure_loss(
     R = model.config.num_recursions
     loss, tokens, active = 0.0, 0, [0] * R
     for out in _run(model, batches, rule, dtype):
+        assert out.loss_sum is not None
         loss += float(out.loss_sum)
         tokens += out.num_tokens
         for r, stats in enumerate(out.recursions):
@@ -79,14 +80,16 @@ def set_thresholds(
         score_N, tokens = _scores(model, batches, r, dtype)
         if r > 0 and config.router != "random":
             kept = round(config.capacity[r] * tokens)
-            model.model.routers[r].threshold.fill_(_threshold(score_N, kept))
+            model.model.router(r).threshold.fill_(_threshold(score_N, kept))
         points = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
         index = (points * max(len(score_N) - 1, 0)).round().long()
         quantiles.append(score_N.sort().values[index].tolist() if len(score_N) else [])
     reached = measure_loss(model, batches, dtype=dtype)
     return {
         "rule": "a token goes on at recursion r if its score is above threshold r",
-        "thresholds": [float(router.threshold) for router in model.model.routers],
+        "thresholds": [
+            float(model.model.router(r).threshold) for r in range(config.num_recursions)
+        ],
         "capacity": list(config.capacity),
         "active": list(reached.active),
         "tokens": reached.tokens,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mor.checkpoint import WEIGHTS, load_state, load_tensors, save_tensors
-from mor.files import atomic_folder, read_json, write_json
+from mor.files import atomic_folder, read_json, remove_leftovers, write_json
 from mor.log import logger
 from mor.model.mor import MoR
 
@@ -62,20 +62,27 @@ class Checkpoints:
         """Restore the newest whole checkpoint and return its state; None when there is none.
 
         A checkpoint damaged later on is named, and the one before is taken.
+        Raises ValueError when all are damaged
         """
-        for part in self.folder.glob(".*.part-*"):  # left by a kill
-            shutil.rmtree(part, ignore_errors=True)
+        remove_leftovers(self.folder)
         for step in reversed(self.steps()):
             path = self.folder / f"step-{step:08d}"
             try:
                 state = read_json(path / "state.json")
+                if state.get("step") != step or "seconds" not in state:
+                    raise ValueError(f"{path / 'state.json'} is not of step {step}")
                 weights = load_tensors(path / WEIGHTS)
                 moments = load_tensors(path / "optimizer.safetensors")
+                _check_moments(model, moments, where=str(path))
                 load_state(model, weights, where=str(path), assign=False)
-                _restore_optimizer(model, optimizer, moments, where=str(path))
+                _restore_optimizer(model, optimizer, moments)
                 return state
             except (ValueError, OSError) as error:
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+        if self.steps():
+            raise ValueError(
+                f"every checkpoint in {self.folder} is damaged; train into a new --out"
+            )
         return None
 
     def wait(self) -> None:
@@ -94,7 +101,7 @@ class Checkpoints:
 
 def _optimizer_tensors(model: MoR, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name every tensor of the optimizer after its parameter; add the generator's state."""
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Any, str] = {param: name for name, param in model.named_parameters()}
     tensors = {"rng.cpu": torch.get_rng_state()}
     for param, slots in optimizer.state.items():
         for key, value in slots.items():
@@ -102,18 +109,32 @@ def _optimizer_tensors(model: MoR, optimizer: torch.optim.Optimizer) -> dict[str
     return tensors
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _check_moments(model: MoR, tensors: dict[str, Tensor], *, where: str) -> None:
+    """Raise ValueError unless an optimizer's file is whole and of this model.
+
+    A parameter that never had a gradient, such as a router that nobody reached, has no moments.
+    """
+    shapes = {"rng.cpu": torch.get_rng_state().shape}
+    for name, param in model.named_parameters():
+        if any(f"{name}.{key}" in tensors for key in MOMENTS):
+            shapes |= {f"{name}.{key}": param.shape for key in MOMENTS}
+            shapes[f"{name}.step"] = torch.Size()
+    for name in sorted(shapes.keys() | tensors.keys()):
+        if name not in tensors or name not in shapes or tensors[name].shape != shapes[name]:
+            raise ValueError(f"{where}: {name} is missing, foreign or misshapen in the optimizer")
+
+
 def _restore_optimizer(
-    model: MoR, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], *, where: str
+    model: MoR, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     params = dict(model.named_parameters())
-    if "rng.cpu" not in tensors:
-        raise ValueError(f"{where}: rng.cpu is missing from the optimizer's file")
     torch.set_rng_state(tensors.pop("rng.cpu"))
     state: dict[Any, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit(".", 1)
-        if name not in params:
-            raise ValueError(f"{where}: the optimizer knows {name}, the model does not")
         state.setdefault(params[name], {})[key] = tensor.to(params[name].device)
     optimizer.state.clear()
     optimizer.state.update(state)

@@ -22,7 +22,7 @@ import torch
 from mor.checkpoint import model_card, save_model
 from mor.config import ModelConfig
 from mor.data.loader import Batch, PreparedData, TrainLoader, sequential_batches
-from mor.files import claim_folder, read_json, write_json
+from mor.files import claim_folder, read_json, remove_leftovers, write_json
 from mor.log import logger, progress
 from mor.model.cost import count_params, training_flops_per_token
 from mor.model.mor import MoR
@@ -105,7 +105,7 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 losses = _step(model, optimizer, loader, step, recipe, device, dtype, meter)
-                if not math.isfinite(losses["loss"]) or not math.isfinite(losses["grad_norm"]):
+                if not all(map(math.isfinite, losses.values())):
                     raise ValueError(_bad_step(step, losses, checkpoints))
                 done = step + 1
                 bar.advance(1, note=f"loss {losses['loss']:.3f}")
@@ -287,6 +287,7 @@ def _open_run(out: Path, recipe: Recipe, data: PreparedData, *, resume: bool) ->
         return
     if not file.is_file():
         raise ValueError(f"{out} holds no run to resume; leave out --resume")
+    remove_leftovers(out)
     before = read_json(file)
     for table in ("model", "train"):
         for key, value in run[table].items():
@@ -305,8 +306,8 @@ def _bad_step(step: int, losses: dict[str, float], checkpoints: Checkpoints) -> 
     steps = checkpoints.steps()
     kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was due yet"
     return (
-        f"step {step + 1}: loss is {losses['loss']}, gradient norm {losses['grad_norm']}; {kept}; "
-        "lower train.lr or look at the data there"
+        f"step {step + 1}: loss is {losses['loss']}, router loss {losses['router_loss']}, "
+        f"gradient norm {losses['grad_norm']}; {kept}; lower train.lr or look at the data there"
     )
 
 

@@ -1,0 +1,111 @@
+"""An independent expert-choice router and its loss, written from the formulas alone.
+
+z_t = W_r x_t;  p_t = alpha sigmoid(z_t);  k_r = max(1, int(c_r T))
+A_r = top-k_r of p over the sequence among the tokens active at r - 1
+x_t <- x_t + p_t f_r(x)_t  for t in A_r ("weighted");  others keep x_t
+loss = sum over r of the mean over candidates of BCE(z_t, t in A_r)
+"""
+
+import math
+
+import pytest
+import torch
+from support_model import random_ids, small_model
+
+from mor.model.layers import rotary_angles
+
+
+def naive_recursions(model, x_TD, gating):
+    """One sequence, token by token, in plain Python; returns states, depths and the loss."""
+    config, stack = model.config, model.model
+    T = len(x_TD)
+    active = list(range(T))
+    depth, loss = [0] * T, 0.0
+    for r in range(config.num_recursions):
+        weight = stack.router(r).body.weight[0]
+        z = {t: float(weight @ x_TD[t]) for t in active}
+        p = {t: config.router_alpha / (1 + math.exp(-z[t])) for t in active}
+        k = max(1, int(config.capacity[r] * T + 1e-9))
+        chosen = sorted(sorted(active, key=lambda t: (-p[t], t))[:k])
+        bce = [
+            math.log1p(math.exp(-z[t])) if t in chosen else math.log1p(math.exp(z[t]))
+            for t in active
+        ]
+        loss += sum(bce) / len(active)
+        block = x_TD[chosen]
+        rotary = rotary_angles(torch.tensor(chosen), config, dtype=x_TD.dtype)
+        for layer in stack.block:
+            block = layer(block, rotary, naive_attention)
+        x_TD = x_TD.clone()
+        for row, t in enumerate(chosen):
+            if gating == "weighted":
+                x_TD[t] = x_TD[t] + p[t] * block[row]
+            else:
+                gate = 2 / (1 + math.exp(-z[t]))
+                x_TD[t] = x_TD[t] + gate * (block[row] - x_TD[t])
+            depth[t] = r + 1
+        active = chosen
+    return x_TD, depth, loss
+
+
+def naive_attention(q, k, v):
+    """Causal attention, one query and head at a time."""
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for row in range(len(q)):
+        for head in range(q.shape[1]):
+            key = k[: row + 1, head // group]
+            share = (key @ q[row, head] / math.sqrt(q.shape[2])).softmax(0)
+            out[row, head] = share @ v[: row + 1, head // group]
+    return out
+
+
+@pytest.mark.parametrize("gating", ["weighted", "residual"])
+@torch.no_grad()
+def test_router_and_loss_follow_the_formulas(gating):
+    model = small_model("expert_choice", gating)
+    ids = random_ids(1, 12)
+    x_TD = model.model.embed_tokens(ids[0])
+    rotary = rotary_angles(torch.arange(12), model.config, dtype=x_TD.dtype)
+    for layer in model.model.prelude:
+        x_TD = layer(x_TD, rotary, naive_attention)
+    x_TD, depth, loss = naive_recursions(model, x_TD, gating)
+    for layer in model.model.coda:
+        x_TD = layer(x_TD, rotary, naive_attention)
+    logits = model.model.norm(x_TD) @ model.head_weight_VD.T
+
+    out = model(ids, rule="train")
+    assert out.depth[0].tolist() == depth
+    torch.testing.assert_close(out.logits[0], logits, rtol=1e-9, atol=1e-9)
+    assert float(out.router_loss_sum) / out.num_tokens == pytest.approx(loss, rel=1e-9)
+
+
+def test_auxiliary_loss_sums_over_micro_batches():
+    """Sums over c_(r-1) and tokens: splitting a batch changes neither loss nor gradients."""
+    ids = random_ids(4, 12)
+    results = []
+    for parts in (1, 2, 4):
+        model = small_model()
+        total = 0.0
+        for part in ids.chunk(parts):
+            out = model(part, labels=part, rule="train")
+            loss = (out.loss_sum + 0.1 * out.router_loss_sum) / ids.numel()
+            loss.backward()
+            total += float(loss.detach())
+        results.append((total, [p.grad for p in model.parameters()]))
+    for total, grads in results[1:]:
+        assert total == pytest.approx(results[0][0], rel=1e-12)
+        for a, b in zip(grads, results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_router_learns_through_gate_and_loss():
+    model = small_model()
+    ids = random_ids(2, 12)
+    out = model(ids, labels=ids, rule="train")
+    out.loss_sum.backward(retain_graph=True)
+    through_gate = [model.model.router(r).body.weight.grad.abs().sum() for r in range(3)]
+    assert all(grad > 0 for grad in through_gate)
+    model.zero_grad()
+    out.router_loss_sum.backward()
+    assert all(model.model.router(r).body.weight.grad.abs().sum() > 0 for r in range(3))

@@ -1,0 +1,155 @@
+"""The fast stack gives the outputs and gradients of its readable twin, whatever the model."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support_model import KINDS, random_ids, small_model
+
+from mor.model.stack import run_layers
+
+
+def _run(model, implementation, ids, labels, **options):
+    model.zero_grad()
+    out = model(ids, labels=labels, implementation=implementation, **options)
+    loss = out.loss_sum + (0 if out.router_loss_sum is None else out.router_loss_sum)
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    logits = model(ids, implementation=implementation, **options).logits
+    return out, logits, grads
+
+
+def assert_same(model, ids, **options):
+    labels = random_ids(*ids.shape, seed=5)
+    fast, fast_logits, fast_grads = _run(model, "fast", ids, labels, **options)
+    plain, plain_logits, plain_grads = _run(model, "reference", ids, labels, **options)
+    assert torch.equal(fast.depth, plain.depth)
+    torch.testing.assert_close(fast_logits, plain_logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fast.loss_sum, plain.loss_sum, rtol=1e-10, atol=1e-9)
+    assert (fast.router_loss_sum is None) == (plain.router_loss_sum is None)
+    for a, b in zip(fast.recursions, plain.recursions, strict=True):
+        assert (a.num_candidates, a.num_active) == (b.num_candidates, b.num_active)
+        torch.testing.assert_close(a.score_N, b.score_N, rtol=1e-9, atol=1e-12)
+    for name in fast_grads.keys() | plain_grads.keys():
+        zero = torch.zeros_like(dict(model.named_parameters())[name])
+        a, b = fast_grads.get(name, zero), plain_grads.get(name, zero)
+        scale = 1 + b.abs().max()
+        torch.testing.assert_close(a / scale, b / scale, rtol=1e-9, atol=1e-9, msg=name)
+    return fast
+
+
+@pytest.mark.parametrize("rule", ["train", "causal"])
+@pytest.mark.parametrize(("router", "gating"), KINDS)
+def test_fast_equals_reference_with_documents_and_ragged_rows(router, gating, rule):
+    model = small_model(router, gating)
+    ids = random_ids(3, 20)
+    segments = (random_ids(3, 20, seed=1) < 6).cumsum(1)
+    lengths = torch.tensor([20, 7, 13])
+    for options in (
+        {},
+        {"lengths": lengths},
+        {"segments": segments},
+        {"segments": segments, "lengths": lengths},
+    ):
+        assert_same(model, ids, rule=rule, **options)
+
+
+@given(st.data())
+def test_fast_equals_reference_for_random_small_models(data):
+    draw = data.draw
+    router, gating = draw(st.sampled_from(KINDS))
+    recursions = draw(st.integers(2 if router != "fixed" else 1, 4))
+    sharing = draw(st.sampled_from(["cycle", "middle_cycle"]))
+    block = draw(st.integers(1, 2))
+    shares = sorted(
+        draw(st.lists(st.floats(0.05, 1.0), min_size=recursions - 1, max_size=recursions - 1)),
+        reverse=True,
+    )
+    groups = draw(st.sampled_from([(4, 4), (4, 2), (3, 1)]))
+    model = small_model(
+        router,
+        gating,
+        seed=draw(st.integers(0, 3)),
+        num_recursions=recursions,
+        sharing=sharing,
+        num_hidden_layers=block * recursions + (2 if sharing == "middle_cycle" else 0),
+        capacity=(1.0, *shares) if router != "fixed" else (),
+        num_attention_heads=groups[0],
+        num_key_value_heads=groups[1],
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    B, T = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    options = {"rule": draw(st.sampled_from(["train", "causal"]))}
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+        if sum(lengths):
+            options["lengths"] = torch.tensor(lengths)
+    if draw(st.booleans()):
+        options["segments"] = (random_ids(B, T, seed=2) < 15).cumsum(1)
+    assert_same(model, random_ids(B, T), **options)
+
+
+def test_the_block_sees_active_rows_only(monkeypatch):
+    """Real skipping: the rows that enter the shared block are the active ones, no more."""
+    seen = []
+
+    def counting(layers, x_ND, rotary, view, *, first=0):
+        seen.append(len(x_ND))
+        return run_layers(layers, x_ND, rotary, view, first=first)
+
+    monkeypatch.setattr("mor.model.stack.run_layers", counting)
+    model = small_model()
+    model(random_ids(2, 12), rule="train")
+    assert seen == [24, 24, 16, 8, 24]  # prelude, recursions 1 to 3, coda
+
+
+def test_skipped_tokens_cost_no_activations():
+    """What is saved for the backward pass shrinks with the active share."""
+
+    def saved_bytes(**fields):
+        model = small_model(num_hidden_layers=14, **fields)
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        ids = random_ids(4, 48)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(ids, labels=ids, rule="train")
+        return sum(size for key, size in storages.items() if key not in kept)
+
+    full = saved_bytes(capacity=(1.0, 1.0, 1.0))
+    third = saved_bytes(capacity=(1.0, 1 / 3, 1 / 3))
+    # 2 own layers + 4 x (1 + 1/3 + 1/3) of 2 + 12
+    assert third / full < 0.75
+
+
+def test_recursion_one_takes_every_token_and_depth_counts_recursions():
+    model = small_model()
+    out = model(random_ids(2, 12), rule="train")
+    assert out.recursions[0].num_active == 24
+    counts = [int((out.depth >= r).sum()) for r in (1, 2, 3)]
+    assert counts == [24, 16, 8] == [stats.num_active for stats in out.recursions]
+
+
+def test_nobody_active_is_fine():
+    model = small_model()
+    for r in (1, 2):
+        model.model.router(r).threshold.fill_(2.0)
+    ids = random_ids(2, 5)
+    out = assert_same(model, ids, rule="causal")
+    assert out.depth.tolist() == [[1] * 5] * 2
+
+
+def test_bfloat16_autocast_runs_and_keeps_scores_in_fp32():
+    model = small_model().float()
+    ids = random_ids(2, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, labels=ids, rule="train")
+    assert out.recursions[1].score_N.dtype == torch.float32
+    (out.loss_sum + out.router_loss_sum).backward()
+    half = small_model().to(torch.bfloat16)
+    assert half.model.router(0).body.weight.dtype == torch.float32
+    assert torch.isfinite(half(ids, rule="causal").logits.float()).all()

@@ -1,0 +1,58 @@
+"""The head's loss in chunks is the loss of whole logits, gradients too."""
+
+import pytest
+import torch
+
+from mor.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
+def test_chunked_loss_and_gradients_equal_the_plain_twin(chunk_rows):
+    torch.manual_seed(0)
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        torch.manual_seed(1)
+        h = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+        label = torch.tensor([0, 10, -100, 3, 3, -100, 7])
+        options = {"chunk_rows": chunk_rows} if function is linear_cross_entropy else {}
+        loss = function(h, weight, label, **options)
+        (loss * 0.3).backward()
+        results.append((loss, h.grad, weight.grad))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_whole_logits_never_exist(monkeypatch):
+    sizes = []
+    plain = torch.nn.functional.linear
+
+    def linear(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        sizes.append(out.shape)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    h = torch.randn(64, 4, requires_grad=True)
+    linear_cross_entropy(h, torch.randn(9, 4), torch.zeros(64).long(), chunk_rows=16).backward()
+    assert sizes == [(16, 9)] * 4
+
+
+def test_without_gradients_none_is_computed():
+    h, weight = torch.randn(4, 3), torch.randn(5, 3)
+    loss = linear_cross_entropy(h, weight, torch.tensor([0, 1, 2, 3]))
+    assert not loss.requires_grad
+    only_h = h.clone().requires_grad_()
+    linear_cross_entropy(only_h, weight, torch.tensor([0, 1, 2, 3])).backward()
+    assert only_h.grad is not None
+
+
+def test_loss_under_autocast_stays_close_to_fp32():
+    h = torch.randn(32, 16, requires_grad=True)
+    weight = torch.randn(50, 16)
+    label = torch.arange(32)
+    plain = linear_cross_entropy_reference(h, weight, label)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = linear_cross_entropy(h, weight, label)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, plain, rtol=2e-2, atol=0.5)

@@ -1,0 +1,41 @@
+"""Small models for the tests of this folder and of the contracts."""
+
+import torch
+
+from mor.config import ModelConfig
+from mor.model.mor import MoR
+
+ROUTED = [
+    ("expert_choice", "weighted"),
+    ("expert_choice", "residual"),
+    ("random", "weighted"),
+    ("random", "residual"),
+]
+KINDS = [*ROUTED, ("fixed", "none")]
+
+
+def small_config(router="expert_choice", gating="weighted", **fields) -> ModelConfig:
+    values = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "num_recursions": 3,
+        "router": router,
+        "gating": gating,
+        "initializer_range": 0.3,
+    }
+    return ModelConfig(**{**values, **fields})
+
+
+def small_model(router="expert_choice", gating="weighted", seed=0, **fields) -> MoR:
+    """A model in float64 with weights large enough that routing and attention matter."""
+    torch.manual_seed(seed)
+    return MoR(small_config(router, gating, **fields)).double()
+
+
+def random_ids(*shape, seed=0, vocab=61):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))

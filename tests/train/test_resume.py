@@ -1,0 +1,198 @@
+"""Promises of a run that stops: it goes on bit for bit, after Ctrl-C and after kill -9 too."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mor.data.loader import PreparedData
+from mor.files import sha256_file
+from mor.train import trainer
+from mor.train.config import Recipe, load_recipe
+from mor.train.metrics import read_metrics
+from mor.train.trainer import Interrupted, train
+
+REPEATABLE = ("loss", "router_loss", "grad_norm", "lr", "heldout_loss", "active_share")
+
+
+def bits_of(run: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The weights' hash, and the figures of metrics.jsonl that do not depend on the clock."""
+    lines = read_metrics(run / "metrics.jsonl")
+    kept = [{k: v for k, v in line.items() if k in (*REPEATABLE, "step")} for line in lines]
+    return sha256_file(run / "model" / "model.safetensors"), kept
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Press Ctrl-C while the given step (counted from 1) runs."""
+    rate = trainer.learning_rate
+
+    def pressing(at: int, *args: Any) -> float:
+        if at + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(at, *args)
+
+    monkeypatch.setattr(trainer, "learning_rate", pressing)
+
+
+def with_model(recipe: Recipe, **fields: Any) -> Recipe:
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **fields))
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "random", "fixed"])
+def test_a_resumed_run_repeats_the_bits_of_one_that_never_stopped(
+    tiny_data: Path,
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    router: str,
+) -> None:
+    recipe = load_recipe(tiny_recipe)
+    if router != "expert_choice":
+        recipe = with_model(recipe, router=router, gating="auto", capacity=())
+    data = PreparedData.open(tiny_data)
+    train(recipe, data=data, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Interrupted, match="after step 7 of 12; add --resume"):
+            train(recipe, data=data, out=tmp_path / "cut")
+    assert (tmp_path / "cut/checkpoints/step-00000007").is_dir()
+    train(recipe, data=data, out=tmp_path / "cut", resume=True)
+    assert bits_of(tmp_path / "cut") == bits_of(tmp_path / "whole")
+
+
+def test_metrics_of_lost_steps_are_cut_when_a_run_resumes(
+    tiny_data: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault at step 7 leaves lines up to 6, the last checkpoint is of step 4."""
+    recipe, data = load_recipe(tiny_recipe), PreparedData.open(tiny_data)
+    rate = trainer.learning_rate
+
+    def failing(at: int, *args: Any) -> float:
+        if at + 1 == 7:
+            raise RuntimeError("the power went off")
+        return rate(at, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "learning_rate", failing)
+        with pytest.raises(RuntimeError, match="power"):
+            train(recipe, data=data, out=tmp_path / "run")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a line that a kill cut
+    train(recipe, data=data, out=tmp_path / "run", resume=True)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert steps == sorted(steps)
+    assert sorted(set(steps)) == list(range(1, 13))
+    assert len(steps) == 12 + 2  # one line a step, and two of held-out text
+
+
+def test_resuming_a_finished_run_leaves_its_model_as_it_is(
+    tiny_data: Path, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    recipe, data = load_recipe(tiny_recipe), PreparedData.open(tiny_data)
+    first = train(recipe, data=data, out=tmp_path / "run")
+    before = bits_of(tmp_path / "run")
+    again = train(recipe, data=data, out=tmp_path / "run", resume=True)
+    assert bits_of(tmp_path / "run") == before
+    assert again.val_loss == first.val_loss
+
+
+DRIVER = """
+import sys, time
+import mor.train.state, mor.train.trainer
+from mor.cli import main
+
+def hold():
+    print("here", flush=True)
+    sys.stdin.readline()
+
+if sys.argv[1] == "write":  # hold in the middle of the second checkpoint
+    save = mor.train.state.save_tensors
+    def slow(tensors, path):
+        save(tensors, path)
+        if "step-00000008" in str(path):
+            path.write_bytes(path.read_bytes()[:100])
+            hold()
+    mor.train.state.save_tensors = slow
+if sys.argv[1] == "step":
+    rate = mor.train.trainer.learning_rate
+    def waiting(step, *args):
+        if step == 5:
+            hold()
+        return rate(step, *args)
+    mor.train.trainer.learning_rate = waiting
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def start(hold: str, *args: object) -> subprocess.Popen[str]:
+    """Start `mor train` in a process of its own that says "here" and waits at one place."""
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, hold, "train", *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in a process of its own that nobody disturbs."""
+    out = tmp_path_factory.mktemp("process") / "whole"
+    process = start("nowhere", tiny_recipe, "--data", tiny_data, "--out", out)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return out
+
+
+def resume(*args: object) -> None:
+    process = start("nowhere", *args, "--resume")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def test_kill_in_the_middle_of_a_checkpoint_costs_nothing_but_steps(
+    tiny_data: Path, tiny_recipe: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    args = (tiny_recipe, "--data", tiny_data, "--out", run)
+    process = start("write", *args)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.kill()
+    process.communicate(timeout=60)
+    checkpoints = run / "checkpoints"
+    assert [p.name for p in checkpoints.glob("step-*")] == ["step-00000004"]
+    assert len(list(checkpoints.glob(".step-00000008.part-*"))) == 1
+    resume(*args)
+    assert bits_of(run) == bits_of(whole_run)
+    assert not [p for p in run.rglob(".*")], "half-written files are still there"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
+    tiny_data: Path, tiny_recipe: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    args = (tiny_recipe, "--data", tiny_data, "--out", run)
+    process = start("step", *args)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate("\n", timeout=60)
+    assert process.returncode == 130
+    said = [line for line in errors.splitlines() if line.startswith("mor:")]
+    assert said == ["mor: stopped after step 6 of 12; add --resume to go on"]
+    assert "Traceback" not in errors
+    assert (run / "checkpoints/step-00000006").is_dir()
+    assert not (run / "model").exists()
+    resume(*args)
+    assert bits_of(run) == bits_of(whole_run)
