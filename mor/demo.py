@@ -1,11 +1,12 @@
 """`mor demo`: a small MoR, its vanilla twin and two controls on real text, for the same FLOPs.
 
-Every model is trained by the `mor train` command in a process of its own (so that peak memory is its
-own), from a recipe left beside it; then all decode side by side here, in alternating rounds.
+Every model is trained by the `mor train` command in a process of its own (so that peak memory is
+its own), from a recipe left beside it; then all decode side by side here, in alternating rounds.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -50,15 +51,26 @@ class Size:
     vocab_size: int
     limit_bytes: int
     flops: float
+    eval_tokens: int
     decode_tokens: int
     decode_rounds: int
 
 
 FULL = Size(
-    vocab_size=2048, limit_bytes=20_000_000, flops=3.0e12, decode_tokens=96, decode_rounds=7
+    vocab_size=2048,
+    limit_bytes=20_000_000,
+    flops=3.0e12,
+    eval_tokens=65536,
+    decode_tokens=96,
+    decode_rounds=9,
 )
 QUICK = Size(
-    vocab_size=1024, limit_bytes=3_000_000, flops=2.0e11, decode_tokens=32, decode_rounds=3
+    vocab_size=1024,
+    limit_bytes=6_000_000,
+    flops=2.0e11,
+    eval_tokens=32768,
+    decode_tokens=32,
+    decode_rounds=3,
 )
 
 CONTEXT = 256
@@ -82,7 +94,7 @@ warmup_share = 0.1
 decay_share = 0.4
 eval_every = 1000000
 checkpoint_every = 1000000
-eval_tokens = 131072
+eval_tokens = {eval_tokens}
 seed = {seed}
 dtype = "float32"
 device = "cpu"
@@ -124,7 +136,7 @@ ACTIVE_BOUNDS = (0.05, 0.95)
 def demo(
     out: Path, *, quick: bool, inputs: Sequence[Path], seed: int, argv: Sequence[str]
 ) -> dict[str, Any]:
-    """Run the demo into an empty folder; returns `models`, `report` and `failure` (None if fine)."""
+    """Run the demo into an empty folder; returns `models`, `report` and `failure` (None: fine)."""
     require_report_extra()
     claim_folder(out, what="the demo")
     start_s = time.monotonic()
@@ -157,9 +169,9 @@ def _prepare(folder: Path, size: Size, inputs: Sequence[Path]) -> PreparedData:
             corpus="none" if inputs else "stdlib",
             vocab_size=size.vocab_size,
             limit_bytes=size.limit_bytes,
-            max_document_bytes=16384,
-            val_fraction=0.03,
-            heldout_fraction=0.03,
+            max_document_bytes=4096,  # many documents, so that held-out texts are alike
+            val_fraction=0.05,
+            heldout_fraction=0.05,
         )
     )
     return PreparedData.open(folder)
@@ -172,6 +184,7 @@ def _train(member: Member, out: Path, data: PreparedData, size: Size, seed: int)
         label=member.label,
         model=member.model,
         flops=size.flops,
+        eval_tokens=size.eval_tokens,
         context=CONTEXT,
         lr=member.lr,
         seed=seed,
@@ -287,11 +300,15 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     by_name = {row["name"]: row for row in rows}
     mor = by_name["mor"]
     lines = []
-    for other in ("mor-random", "vanilla", "recursive"):
+    for other, label in (
+        ("mor-random", "the same with a random router"),
+        ("vanilla", "its vanilla twin"),
+        ("recursive", "its fixed-depth recursive twin"),
+    ):
         gap = mor["bits_per_byte"] - by_name[other]["bits_per_byte"]
         lines.append(
-            f"MoR minus {by_name[other]['label'].lower()}: {gap:+.4f} bits per byte "
-            f"(causal; MoR {'wins' if gap < 0 else 'loses'})"
+            f"MoR minus {label}: {gap:+.4f} bits per byte, causal: "
+            f"MoR {'wins' if gap < 0 else 'loses'}"
         )
     vanilla = by_name["vanilla"]
     for label, key, less in (
@@ -303,7 +320,9 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     ):
         ratio = mor[key] / vanilla[key] if vanilla[key] else math.nan
         wins = ratio < 1 if less else ratio > 1
-        lines.append(f"MoR {'wins' if wins else 'loses'} in {label}: {ratio:.2f} of the twin's")
+        lines.append(
+            f"{label}: {ratio:.2f} of the vanilla twin's: MoR {'wins' if wins else 'loses'}"
+        )
     return lines
 
 
@@ -312,7 +331,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for title, _, _ in COLUMNS:
         table.add_column(title, justify="right")
     for row in rows:
@@ -354,7 +373,7 @@ def _report(
         series[row["label"]] = (flops, smooth([line["loss"] for line in lines]))
         active = [*row["active_share"], 0.0]
         if row["num_recursions"] > 1:
-            shares[row["label"]] = [a - b for a, b in zip(active, active[1:], strict=False)]
+            shares[row["label"]] = [a - b for a, b in itertools.pairwise(active)]
     manifest = data.manifest
     tokens_per_param = rows[0]["tokens"] / rows[0]["params_nonembedding"]
     sections = [
@@ -380,8 +399,9 @@ def _report(
         Section("Held-out text, coloured by depth", _depth_page(models["mor"], data)),
         Section("A sample", _sample(models["mor"], data), "Underneath every token: its own depth."),
     ]
+    text_bytes = sum(split.bytes for split in manifest.splits.values())
     subtitle = (
-        f"{manifest.source}; {human_bytes(sum(s.bytes for s in manifest.splits.values()))} of text, "
+        f"{manifest.source}; {human_bytes(text_bytes)} of text, "
         f"vocabulary of {manifest.vocab_size}, sha256 {manifest.corpus_sha256[:16]}…; "
         f"{seconds:.0f} seconds in all"
     )

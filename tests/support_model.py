@@ -1,5 +1,7 @@
 """Small models for the tests of this folder and of the contracts."""
 
+from typing import Any
+
 import torch
 
 from mor.config import ModelConfig
@@ -14,8 +16,8 @@ ROUTED = [
 KINDS = [*ROUTED, ("fixed", "none")]
 
 
-def small_config(router="expert_choice", gating="weighted", **fields) -> ModelConfig:
-    values = {
+def small_config(router="expert_choice", gating="weighted", **fields: Any) -> ModelConfig:
+    values: dict[str, Any] = {
         "vocab_size": 61,
         "hidden_size": 24,
         "intermediate_size": 32,
@@ -31,7 +33,7 @@ def small_config(router="expert_choice", gating="weighted", **fields) -> ModelCo
     return ModelConfig(**{**values, **fields})
 
 
-def small_model(router="expert_choice", gating="weighted", seed=0, **fields) -> MoR:
+def small_model(router="expert_choice", gating="weighted", seed=0, **fields: Any) -> MoR:
     """A model in float64 with weights large enough that routing and attention matter."""
     torch.manual_seed(seed)
     return MoR(small_config(router, gating, **fields)).double()

@@ -177,15 +177,16 @@ def sequential_batches(
 ) -> Iterator[Batch]:
     """Yield the rows of split in order, batch_rows at a time; the last batch may be smaller.
 
-    limit_rows  stop after so many rows
+    limit_rows  take so many rows, spread evenly over the split
     Raises      ValueError when the split holds not even one row
     """
     if batch_rows < 1 or (limit_rows is not None and limit_rows < 1):
         raise ValueError(f"batch_rows {batch_rows}, limit_rows {limit_rows}: give 1 or more")
     rows = _count_rows(split, row_tokens)
-    rows = rows if limit_rows is None else min(rows, limit_rows)
-    for first in range(0, rows, batch_rows):
-        indices = list(range(first, min(first + batch_rows, rows)))
+    count = rows if limit_rows is None else min(rows, limit_rows)
+    for first in range(0, count, batch_rows):
+        places = range(first, min(first + batch_rows, count))
+        indices = [place * rows // count for place in places]
         yield _make_batch(split, indices, row_tokens, eos_token_id)
 
 

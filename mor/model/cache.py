@@ -17,31 +17,54 @@ from mor.ops.attention import attention
 
 
 class LocalView:
-    """Rows attend among themselves, causally, within their sequence and document."""
+    """Rows attend among themselves, causally, within their sequence and document.
+
+    Documents are laid out by themselves, those of similar length together, so that no product is
+    spent on a pair that a mask would drop; the padding of a group is at most the longest's half.
+    """
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.slot_N = None if rows.is_dense else rows.slot_N()
-        self.visible_BMM = None
-        if rows.segment_N is not None:
-            # Rows after the end of a short sequence see only themselves.
-            segment_BM = rows.pad(rows.segment_N, self.slot_N, fill=-1)
-            same_BMM = segment_BM[:, :, None] == segment_BM[:, None, :]
-            self.visible_BMM = same_BMM.tril()
+        self.groups: list[tuple[Tensor, Tensor]] = []  # row of each place (D, M), places in use
+        if rows.is_dense and rows.segment_N is None:
+            return
+        starts, lengths = _runs(rows)
+        by_size: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths.tolist()):
+            by_size.setdefault((length - 1).bit_length(), []).append(index)
+        for members in by_size.values():
+            first_D1, length_D1 = starts[members, None], lengths[members, None]
+            place_M = torch.arange(int(length_D1.max()), device=starts.device)
+            row_DM = first_D1 + torch.minimum(place_M, length_D1 - 1)
+            self.groups.append((row_DM, (place_M < length_D1).flatten().nonzero()[:, 0]))
+        order_N = torch.cat([row_DM.flatten()[used] for row_DM, used in self.groups])
+        self.inverse_N = torch.argsort(order_N)
 
     def layer(self, index: int) -> Attend:
-        return self._attend
+        return self._attend if self.groups else self._attend_dense
+
+    def _attend_dense(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        rows = self.rows
+        q, k, v = (rows.pad(x, None) for x in (q_NHK, k_NGK, v_NGK))
+        return rows.unpad(attention(q, k, v, is_causal=True), None)
 
     def _attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        rows, slot_N = self.rows, self.slot_N
-        out_BMHK = attention(
-            rows.pad(q_NHK, slot_N),
-            rows.pad(k_NGK, slot_N),
-            rows.pad(v_NGK, slot_N),
-            visible_BQS=self.visible_BMM,
-            is_causal=self.visible_BMM is None,
-        )
-        return rows.unpad(out_BMHK, slot_N)
+        parts = []
+        for row_DM, used in self.groups:
+            out_DMHK = attention(q_NHK[row_DM], k_NGK[row_DM], v_NGK[row_DM], is_causal=True)
+            parts.append(out_DMHK.flatten(0, 1)[used])
+        return torch.cat(parts)[self.inverse_N]
+
+
+def _runs(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return first row and length of every stretch of rows of one sequence and document."""
+    N = len(rows)
+    differs_N = torch.ones(N, dtype=torch.bool, device=rows.sequence_N.device)
+    differs_N[1:] = rows.sequence_N.diff() != 0
+    if rows.segment_N is not None:
+        differs_N[1:] |= rows.segment_N.diff() != 0
+    starts = differs_N.nonzero()[:, 0]
+    return starts, torch.diff(starts, append=starts.new_tensor([N]))
 
 
 class KVGroup:

@@ -58,7 +58,7 @@ class TrainConfig:
     eval_every: int = 0
     """steps between passes over held-out text; 0 for ten in a run"""
     eval_tokens: int = 65536
-    """held-out tokens of such a pass, and of setting the thresholds"""
+    """tokens of such a pass, of setting thresholds and of the last validation, spread evenly"""
     checkpoint_every: int = 0
     """steps between checkpoints; 0 for ten in a run"""
     keep_checkpoints: int = 2

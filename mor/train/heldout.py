@@ -102,7 +102,7 @@ def _scores(
 ) -> tuple[Tensor, int]:
     """Collect the candidates' scores at a recursion, and count all tokens."""
     scores, tokens = [], 0
-    for out in _run(model, batches, "causal", dtype):
+    for out in _run(model, batches, "causal", dtype, with_loss=False):
         scores.append(out.recursions[recursion].score_N.cpu())
         tokens += out.num_tokens
     return torch.cat(scores), tokens
@@ -120,7 +120,12 @@ def _threshold(score_N: Tensor, kept: int) -> float:
 
 
 def _run(
-    model: MoR, batches: Iterable[Batch], rule: Rule, dtype: torch.dtype | None
+    model: MoR,
+    batches: Iterable[Batch],
+    rule: Rule,
+    dtype: torch.dtype | None,
+    *,
+    with_loss: bool = True,
 ) -> Iterator[MoROutput]:
     """Run batches in evaluation mode; the model's mode comes back afterwards."""
     was_training = model.training
@@ -131,9 +136,10 @@ def _run(
             with autocast(model.device, dtype):
                 yield model(
                     batch.input_ids_BT,
-                    labels=batch.labels_BT,
+                    labels=batch.labels_BT if with_loss else None,
                     segments=batch.segment_BT,
                     rule=rule,
+                    last_only=not with_loss,
                 )
     finally:
         model.train(was_training)

@@ -212,6 +212,7 @@ def _finish(
         row_tokens=config.context,
         batch_rows=config.micro_batch_rows,
         eos_token_id=data.manifest.eos_token_id,
+        limit_rows=max(1, config.eval_tokens // config.context),
     )
     result = measure_loss(model, batches, dtype=dtype)
     val = data.split("val")

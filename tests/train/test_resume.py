@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -104,7 +104,7 @@ def test_resuming_a_finished_run_leaves_its_model_as_it_is(
 
 
 DRIVER = """
-import sys, time
+import sys
 import mor.train.state, mor.train.trainer
 from mor.cli import main
 
@@ -127,14 +127,15 @@ if sys.argv[1] == "step":
             hold()
         return rate(step, *args)
     mor.train.trainer.learning_rate = waiting
-sys.exit(main(sys.argv[2:]))
+codes = [main(["train", *command.split("|")]) for command in sys.argv[2:]]
+sys.exit(max(codes))
 """
 
 
-def start(hold: str, *args: object) -> subprocess.Popen[str]:
-    """Start `mor train` in a process of its own that says "here" and waits at one place."""
+def start(hold: str, *commands: tuple[object, ...]) -> subprocess.Popen[str]:
+    """Start `mor train` in a process of its own; it says "here" and waits at the named place."""
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, hold, "train", *map(str, args)],
+        [sys.executable, "-c", DRIVER, hold, *("|".join(map(str, c)) for c in commands)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -143,56 +144,73 @@ def start(hold: str, *args: object) -> subprocess.Popen[str]:
     )
 
 
+class Stopped(NamedTuple):
+    """A run that was stopped, and has gone on since."""
+
+    code: int
+    errors: str
+    files: list[str]
+    """what it had left when it stopped"""
+    run: Path
+
+
 @pytest.fixture(scope="module")
-def whole_run(tiny_data: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in a process of its own that nobody disturbs."""
-    out = tmp_path_factory.mktemp("process") / "whole"
-    process = start("nowhere", tiny_recipe, "--data", tiny_data, "--out", out)
+def runs(
+    tiny_data: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Stopped]:
+    """Stop two real runs, one by kill -9 and one by Ctrl-C; resume both; train a whole one."""
+    folder = tmp_path_factory.mktemp("process")
+
+    def command(name: str) -> tuple[object, ...]:
+        return (tiny_recipe, "--data", tiny_data, "--out", folder / name)
+
+    stopped = {}
+    for name, place, stop in (
+        ("killed", "write", signal.SIGKILL),
+        ("interrupted", "step", signal.SIGINT),
+    ):
+        process = start(place, command(name))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(stop)
+        _, errors = process.communicate("\n", timeout=60)
+        run = folder / name
+        files = [path.relative_to(run).as_posix() for path in run.rglob("*")]
+        stopped[name] = Stopped(process.returncode, errors, files, run)
+    process = start(
+        "nowhere", command("whole"), *((*command(name), "--resume") for name in stopped)
+    )
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return out
+    whole = Stopped(process.returncode, errors, [], folder / "whole")
+    return {"whole": whole, **stopped}
 
 
-def resume(*args: object) -> None:
-    process = start("nowhere", *args, "--resume")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals")
 
 
+@needs_signals
 def test_kill_in_the_middle_of_a_checkpoint_costs_nothing_but_steps(
-    tiny_data: Path, tiny_recipe: Path, whole_run: Path, tmp_path: Path
+    runs: dict[str, Stopped],
 ) -> None:
-    run = tmp_path / "run"
-    args = (tiny_recipe, "--data", tiny_data, "--out", run)
-    process = start("write", *args)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "here\n"
-    process.kill()
-    process.communicate(timeout=60)
-    checkpoints = run / "checkpoints"
-    assert [p.name for p in checkpoints.glob("step-*")] == ["step-00000004"]
-    assert len(list(checkpoints.glob(".step-00000008.part-*"))) == 1
-    resume(*args)
-    assert bits_of(run) == bits_of(whole_run)
-    assert not [p for p in run.rglob(".*")], "half-written files are still there"
+    killed = runs["killed"]
+    assert killed.code == -signal.SIGKILL
+    left = [name for name in killed.files if name.count("/") == 1]
+    assert "checkpoints/step-00000004" in left
+    assert [name for name in left if ".step-00000008.part-" in name]
+    assert "checkpoints/step-00000008" not in left
+    assert runs["whole"].code == 0, runs["whole"].errors
+    assert bits_of(killed.run) == bits_of(runs["whole"].run)
+    assert not list(killed.run.rglob(".*")), "half-written files are still there"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
-    tiny_data: Path, tiny_recipe: Path, whole_run: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    args = (tiny_recipe, "--data", tiny_data, "--out", run)
-    process = start("step", *args)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate("\n", timeout=60)
-    assert process.returncode == 130
-    said = [line for line in errors.splitlines() if line.startswith("mor:")]
+@needs_signals
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(runs: dict[str, Stopped]) -> None:
+    interrupted = runs["interrupted"]
+    assert interrupted.code == 130
+    said = [line for line in interrupted.errors.splitlines() if line.startswith("mor:")]
     assert said == ["mor: stopped after step 6 of 12; add --resume to go on"]
-    assert "Traceback" not in errors
-    assert (run / "checkpoints/step-00000006").is_dir()
-    assert not (run / "model").exists()
-    resume(*args)
-    assert bits_of(run) == bits_of(whole_run)
+    assert "Traceback" not in interrupted.errors
+    assert "checkpoints/step-00000006" in interrupted.files
+    assert "model" not in interrupted.files
+    assert runs["whole"].code == 0, runs["whole"].errors
+    assert bits_of(interrupted.run) == bits_of(runs["whole"].run)

@@ -1,0 +1,118 @@
+"""Promises of recipes and training settings: the same fields as the flags, a later flag wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from mor.cli import Plan
+from mor.train.config import (
+    TrainConfig,
+    load_recipe,
+    read_recipe,
+    recipe_flags,
+    recipe_to_dict,
+)
+
+RECIPE = """
+[model]
+num_hidden_layers = 8
+num_recursions = 3
+router = "expert_choice"
+capacity = [1, 0.5, 0.25]
+tie_word_embeddings = false
+eos_token_id = 3
+rope_theta = 1e5
+
+[train]
+budget_tokens = 1_000_000
+schedule = "cosine"
+lr = 3e-4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_as_flags_is_the_recipe_itself(recipe: Path) -> None:
+    flags = recipe_flags(read_recipe(recipe))
+    parsed = tyro.cli(Plan, args=[str(recipe), *flags])
+    loaded = load_recipe(recipe)
+    assert (parsed.model, parsed.train) == (loaded.model, loaded.train)
+    assert loaded.model.capacity == (1.0, 0.5, 0.25)
+    assert not loaded.model.tie_word_embeddings
+
+
+def test_a_flag_after_the_recipe_wins(recipe: Path) -> None:
+    flags = recipe_flags(read_recipe(recipe))
+    own = ["--train.lr", "0.5", "--model.capacity", "1", "1", "0.75", "--model.tie-word-embeddings"]
+    parsed = tyro.cli(Plan, args=[str(recipe), *flags, *own])
+    assert parsed.train.lr == 0.5
+    assert parsed.model.capacity == (1.0, 1.0, 0.75)
+    assert parsed.model.tie_word_embeddings
+
+
+def test_what_a_run_remembers_reads_back(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    remembered = recipe_to_dict(loaded)
+    assert TrainConfig(**remembered["train"]) == loaded.train
+    assert type(loaded.model).from_dict(remembered["model"]) == loaded.model
+
+
+@pytest.mark.parametrize(
+    ("fields", "flops_per_token", "steps"),
+    [
+        ({"budget_tokens": 10_000, "batch_tokens": 1024, "context": 512}, 5.0, 10),
+        ({"budget_flops": 51_200, "batch_tokens": 1024, "context": 512}, 5.0, 10),
+        ({"budget_tokens": 1, "batch_tokens": 1024, "context": 512}, 5.0, 1),
+    ],
+)
+def test_a_budget_becomes_steps(fields: Any, flops_per_token: float, steps: int) -> None:
+    assert TrainConfig(**fields).num_steps(flops_per_token) == steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget_tokens": 0}, "give exactly one"),
+        ({"budget_flops": 5}, "give exactly one"),
+        ({"budget_tokens": math.nan}, "budget_tokens is nan"),
+        ({"budget_tokens": math.inf}, "budget_tokens is inf"),
+        ({"budget_tokens": -1}, "budget_tokens is -1"),
+        ({"lr": 0}, "lr is 0; give a number above 0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"grad_clip": 0}, "grad_clip is 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"warmup_share": 1.5}, "warmup_share is 1.5"),
+        ({"context": 0}, "context is 0"),
+        ({"batch_tokens": 1000}, "batch_tokens is 1000; give a multiple of context 512"),
+        ({"micro_batch_tokens": 100}, "micro_batch_tokens is 100"),
+        ({"micro_batch_tokens": 5120}, "no multiple of micro_batch_tokens"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"schedule": "cosin"}, "did you mean cosine"),
+        ({"dtype": "float16"}, "dtype 'float16' is unknown"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(fields: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{"budget_tokens": 1, **fields})
+
+
+def test_every_field_says_what_it_is() -> None:
+    """The line below a field is its help text."""
+    source = Path(__file__).parents[2].joinpath("mor/train/config.py").read_text()
+    for field in dataclasses.fields(TrainConfig):
+        after = source.split(f"\n    {field.name}: ")[1].split("\n")[1]
+        assert after.strip().startswith('"""'), field.name
