@@ -148,8 +148,6 @@ def run_prepare(args: Prepare) -> dict[str, Any]:
     from mor.data.prepare import prepare
 
     manifest = prepare(args.config)
-    for name, split in manifest.splits.items():
-        logger.info("%s: %d documents, %d tokens", name, split.documents, split.tokens)
     return {"out": str(args.config.out), **dataclasses.asdict(manifest)}
 
 
@@ -284,9 +282,9 @@ def _parse(flags: type, args: list[str], *, prog: str) -> Any:
 
 def _first_words(box: str) -> str:
     """Return the first section of a box as one line, with the flag that it suggests."""
-    lines = [re.sub("[\u2500-\u257f]", "", line).strip() for line in box.splitlines()]
+    lines = [re.sub(r"[\u2500-\u257f]|-{3,}", "", line).strip() for line in box.splitlines()]
     sections = " ".join(line or "\n" for line in lines[1:]).split("\n")
-    first, *others = [" ".join(section.split()) for section in sections]
+    first, *others = [" ".join(section.split()) for section in sections if section.strip()]
     suggested = re.search(r"Perhaps you meant: (--\S+)", " ".join(others))
     return f"{first}; did you mean {suggested.group(1)}?" if suggested else first
 

@@ -80,12 +80,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # frozen: resolve the defaults once, here
         if self.head_dim == 0:
+            heads = max(self.num_attention_heads, 1)  # 0 is refused below
             _require(
-                self.hidden_size % max(self.num_attention_heads, 1) == 0,
+                self.hidden_size % heads == 0,
                 f"hidden_size {self.hidden_size} does not divide by num_attention_heads "
-                f"{self.num_attention_heads}; change one, or give head_dim",
+                f"{heads}; change one, or give head_dim",
             )
-            set_(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            set_(self, "head_dim", self.hidden_size // heads)
+        self._check_sizes()
+        self._check_layers()
         if self.gating == "auto":
             set_(self, "gating", "none" if self.router == "fixed" else "weighted")
         if not self.capacity:
@@ -95,7 +98,6 @@ class ModelConfig:
             set_(self, "capacity", tuple(shares))
         else:
             set_(self, "capacity", tuple(float(c) for c in self.capacity))
-        self._check_sizes()
         self._check_routing()
 
     def _check_sizes(self) -> None:
@@ -113,7 +115,7 @@ class ModelConfig:
             value = getattr(self, name)
             _require(
                 isinstance(value, int) and 1 <= value < 2**31,
-                f"{name} is {value}; give a whole number from 1 to 2147483647",
+                f"{name} is {value!r}; give a whole number from 1 to 2147483647",
             )
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
@@ -134,7 +136,7 @@ class ModelConfig:
                 f"{name} is {value}, but the vocabulary has {self.vocab_size} entries",
             )
 
-    def _check_routing(self) -> None:
+    def _check_layers(self) -> None:
         for name, kind in (
             ("sharing", Sharing),
             ("router", RouterKind),
@@ -151,6 +153,8 @@ class ModelConfig:
                 f"num_hidden_layers {self.num_hidden_layers} does not fit {self.num_recursions} "
                 f"recursions of {self.sharing}: {shared} shared layers do not divide; use {fits}"
             )
+
+    def _check_routing(self) -> None:
         _require(
             len(self.capacity) == self.num_recursions,
             f"capacity has {len(self.capacity)} values for {self.num_recursions} recursions; "

@@ -101,8 +101,12 @@ def claim_folder(path: Path, *, what: str) -> Path:
 
 
 def _sync(path: Path) -> None:
-    # Windows cannot open a folder; some file systems refuse to sync one.
-    with contextlib.suppress(OSError):
+    """Flush a file or folder to disk; a full disk may show only here.
+
+    Windows cannot open a folder, and some file systems refuse to sync one.
+    """
+    is_optional = path.is_dir() or os.name == "nt"
+    with contextlib.suppress(OSError) if is_optional else contextlib.nullcontext():
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -13,12 +13,17 @@ from typing import Any
 logger = logging.getLogger("mor")
 
 
+class _ToStderr(logging.Handler):
+    """Writes to what is stderr at that moment, so that lines stand above a live progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def setup_logging(*, verbose: bool = False) -> None:
     """Send the package's log lines to stderr, once."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_ToStderr())
         logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
 
@@ -63,7 +68,7 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        share = f"{100 * self.done / self.total:3.0f}%" if self.total else f"{self.done:g}"
+        share = f"{100 * self.done / self.total:3.0f}%" if self.total else human_count(self.done)
         seconds = time.monotonic() - self._start_s
         print(
             f"{self.label}: {share} {seconds:.0f}s {self.note}".rstrip(),

@@ -78,7 +78,7 @@ dtype = "float32"
 device = "cpu"
 log_every = 1
 eval_every = 5
-eval_tokens = 256
+eval_tokens = 4096
 checkpoint_every = 4
 """
 

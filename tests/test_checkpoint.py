@@ -27,7 +27,8 @@ SIZES: dict[str, Any] = {
 
 def small_model(**fields: Any) -> MoR:
     torch.manual_seed(0)
-    return MoR(ModelConfig(**{**SIZES, "num_recursions": 3, "router": "expert_choice", **fields}))
+    routing: dict[str, Any] = {"num_recursions": 3, "router": "expert_choice"}
+    return MoR(ModelConfig(**SIZES | routing | fields))
 
 
 def logits_of(model: MoR) -> torch.Tensor:
@@ -108,7 +109,7 @@ def test_loading_is_strict(tmp_path: Path, change: Any, message: str) -> None:
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"format_version": 99}, "format version is 99"),
         ({"num_recursion": 3}, "did you mean num_recursions"),
-        ({"hidden_size": "16"}, "wrong type"),
+        ({"hidden_size": "16"}, "hidden_size is .16.; give a whole number"),
         ({"capacity": None}, "wrong type"),
         ({"capacity": [1.0, 0.5, 0.6]}, r"config.json: capacity .* rises"),
         ({"router": "expert"}, "config.json: router 'expert' is unknown"),

@@ -290,6 +290,8 @@ def _open_run(out: Path, recipe: Recipe, data: PreparedData, *, resume: bool) ->
         raise ValueError(f"{out} holds no run to resume; leave out --resume")
     remove_leftovers(out)
     before = read_json(file)
+    if before.get("data_sha256") != run["data_sha256"]:
+        raise ValueError(f"the data is not what the run in {out} began with; give the same --data")
     for table in ("model", "train"):
         for key, value in run[table].items():
             was = before.get(table, {}).get(key)
@@ -298,8 +300,6 @@ def _open_run(out: Path, recipe: Recipe, data: PreparedData, *, resume: bool) ->
                     f"{table}.{key} is {value}, the run in {out} began with {was}; "
                     "use the same recipe and flags"
                 )
-    if before.get("data_sha256") != run["data_sha256"]:
-        raise ValueError(f"the data is not what the run in {out} began with; give the same --data")
 
 
 def _bad_step(step: int, losses: dict[str, float], checkpoints: Checkpoints) -> str:

@@ -1,4 +1,4 @@
-"""Promises of the thresholds: held-out active shares equal the capacities, recursion by recursion."""
+"""Promises of the thresholds: held-out active shares equal the capacities at every recursion."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def test_cosine_warms_up_and_falls_to_a_tenth() -> None:
     assert max(rates) == 1.0
     assert rates[525] == pytest.approx(0.55, abs=1e-3)  # half-way down
     assert rates[-1] == pytest.approx(0.1, abs=1e-4)
-    assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[50:]))
 
 
 @pytest.mark.parametrize("schedule", ["trapezoid", "cosine"])

@@ -107,7 +107,7 @@ def test_a_budget_becomes_steps(fields: Any, flops_per_token: float, steps: int)
 )
 def test_settings_that_do_not_fit_are_refused(fields: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**{"budget_tokens": 1, **fields})
+        TrainConfig(**dict[str, Any](budget_tokens=1) | fields)
 
 
 def test_every_field_says_what_it_is() -> None:

@@ -137,7 +137,7 @@ def test_nothing_is_restored_from_a_checkpoint_that_is_half_good(run: Any) -> No
         cut(checkpoints.folder / f"step-0000000{step}" / "optimizer.safetensors")
     fresh, optimizer = model_and_optimizer()
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    with pytest.raises(ValueError, match="only damaged checkpoints"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged; train into"):
         checkpoints.load_newest(fresh, optimizer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 

@@ -1,0 +1,99 @@
+"""Promises of ModelConfig: defaults resolved once, what does not fit refused in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mor.config import ModelConfig, check_choice
+
+ROUTED: dict[str, Any] = {"num_hidden_layers": 8, "num_recursions": 3, "router": "expert_choice"}
+
+
+def test_defaults_follow_from_the_rest() -> None:
+    config = ModelConfig(**ROUTED)
+    assert config.capacity == (1.0, 2 / 3, 1 / 3)
+    assert config.gating == "weighted"
+    assert config.head_dim == 64
+    assert config.capacity_depth == pytest.approx(2)
+    assert ModelConfig(num_hidden_layers=8, num_recursions=3).capacity == (1.0,) * 3
+    assert ModelConfig().gating == "none"
+
+
+@pytest.mark.parametrize(
+    ("sharing", "layers", "unique", "own"),
+    [("middle_cycle", 8, 4, 2), ("cycle", 9, 3, 0), ("middle_cycle", 5, 3, 2)],
+)
+def test_layers_are_shared_as_the_map_says(
+    sharing: Any, layers: int, unique: int, own: int
+) -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": layers, "sharing": sharing}
+    config = ModelConfig(**ROUTED | fields)
+    assert (config.num_unique_layers, config.num_own_layers) == (unique, own)
+    assert config.num_prelude_layers == config.num_coda_layers == own // 2
+
+
+def test_the_twin_has_equal_layers_and_one_recursion() -> None:
+    twin = ModelConfig(**ROUTED).twin()
+    assert (twin.num_recursions, twin.router, twin.gating, twin.capacity) == (
+        1,
+        "fixed",
+        "none",
+        (1.0,),
+    )
+    assert twin.num_unique_layers == twin.num_hidden_layers == 8
+
+
+def test_a_config_file_reads_back(tmp_path: Path) -> None:
+    config = ModelConfig(**ROUTED, capacity=(1, 0.5, 0.5), eos_token_id=3)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert ModelConfig.load(tmp_path) == config
+    assert ModelConfig.load(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 9}, "7 shared layers do not divide; use 11"),
+        ({"num_hidden_layers": 4}, "do not divide; use 5"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": 577}, "does not divide by num_attention_heads 9"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 2}, "does not divide by num_key_value_heads 2"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648"),
+        ({"rope_theta": math.nan}, "rope_theta is nan"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"eos_token_id": 49152}, "eos_token_id is 49152, but the vocabulary has 49152"),
+        ({"bos_token_id": -1}, "bos_token_id is -1"),
+        ({"sharing": "middle"}, "did you mean middle_cycle"),
+        ({"router": "expert"}, "did you mean expert_choice"),
+        ({"gating": "residul"}, "did you mean residual"),
+        ({"gating": "none"}, "gating none is not built for the router expert_choice"),
+        ({"capacity": (1, 0.5)}, "capacity has 2 values for 3 recursions"),
+        ({"capacity": (1, 0.5, 0.6)}, "rises; a token that left cannot come back"),
+        ({"capacity": (1, 0.5, 0)}, r"leaves \(0, 1\]"),
+        ({"capacity": (1, math.nan, 0.5)}, r"leaves \(0, 1\]"),
+        ({"capacity": (1.5, 1, 0.5)}, r"leaves \(0, 1\]"),
+        ({"capacity": (0.9, 0.5, 0.5)}, "the first capacity is 0.9; give 1"),
+        ({"router": "fixed", "capacity": (1, 0.5, 0.5)}, "choose the router expert_choice"),
+        ({"num_recursions": 1}, "needs num_recursions of 2 or more"),
+        ({"router_alpha": -1}, "router_alpha is -1"),
+        ({"router_aux_loss_coef": math.inf}, "router_aux_loss_coef is inf"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**ROUTED | fields)
+
+
+def test_a_choice_names_the_nearest_or_all() -> None:
+    check_choice("x", "one", ("one", "two"))
+    with pytest.raises(ValueError, match="x 'onee' is unknown; did you mean one"):
+        check_choice("x", "onee", ("one", "two"))
+    with pytest.raises(ValueError, match="choose from one, two"):
+        check_choice("x", "99", ("one", "two"))
