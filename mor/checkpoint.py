@@ -95,6 +95,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors; ValueError in one line when the file is missing or broken."""
+    if path.with_name(f"{path.name}.index.json").is_file():
+        raise ValueError(f"{path.parent} is sharded; join its weights into one {path.name}")
     if not path.is_file():
         raise ValueError(f"{path} is missing; only safetensors are read")
     try:

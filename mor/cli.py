@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import os
 import re
 import sys
 import traceback
@@ -297,6 +298,9 @@ def _report(error: BaseException) -> int:
     if type(error).__name__ == "Interrupted":
         print(f"mor: {error}", file=sys.stderr)
         return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     if isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         print(f"mor: {' '.join(_message(error).split())}", file=sys.stderr)
         return 2

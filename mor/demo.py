@@ -83,12 +83,13 @@ num_hidden_layers = 8
 num_attention_heads = 4
 num_key_value_heads = 2
 max_position_embeddings = 512
+initializer_range = 0.06
 router_seed = {seed}
 {model}
 [train]
 budget_flops = {flops}
 context = {context}
-batch_tokens = 2048
+batch_tokens = 1024
 lr = {lr}
 warmup_share = 0.1
 decay_share = 0.4

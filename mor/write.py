@@ -79,8 +79,10 @@ def write_text(
     printer.end()
 
     all_depths = prompt_depths + depths
-    spent = generation_flops(config, all_depths)
-    full = generation_flops(config, [config.num_recursions] * len(all_depths))
+    heads = len(tokens) + 1  # a prompt needs the logits of its last token only
+    spent = generation_flops(config, all_depths, head_tokens=heads)
+    full_depths = [config.num_recursions] * len(all_depths)
+    full = generation_flops(config, full_depths, head_tokens=heads)
     result = {
         "prompt": prompt,
         "text": text,

@@ -189,7 +189,8 @@ def test_a_sequence_that_ended_costs_nothing(monkeypatch):
     """An ended sequence takes part in later steps with no rows."""
     model = routed_model("fixed", "none")
     prompts = [random_ids(n, seed=n).tolist() for n in (4, 8)]
-    free = list(generate(model, prompts, SamplingParams(max_tokens=12)))[1:]
+    events = generate(model, prompts, SamplingParams(max_tokens=12))
+    free = [event for event in events if isinstance(event, GeneratedToken)]
     of_first = [e.token for e in free if e.sequence == 0]
     of_second = [e.token for e in free if e.sequence == 1]
     eos = next(t for t in of_first if t not in of_second)

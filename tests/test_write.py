@@ -60,7 +60,7 @@ def test_saved_flops_are_those_counted_by_hand(tiny_run: Path, capsys: Capsys) -
             pairs=sum(range(1, count + 1)),
             active_tokens=[sum(a) for a in active],
             active_pairs=pairs,
-            head_tokens=count,
+            head_tokens=len(result["tokens"]) + 1,
         )
 
     assert result["flops_saved"] == pytest.approx(1 - flops(depths) / flops([3] * len(depths)))

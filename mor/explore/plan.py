@@ -8,7 +8,7 @@ from typing import Any
 from mor.config import ModelConfig
 from mor.log import human_bytes, human_count
 from mor.model import cost
-from mor.train.config import TrainConfig
+from mor.train.config import TrainConfig, check_context
 
 ELEMENT_BYTES = 2  # served weights, keys and values in bf16
 
@@ -18,6 +18,7 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
 
     flops_per_token is the forward pass at the recipe's context; training is three times that.
     """
+    check_context(model, train)
     own = _costs(model, train)
     twin = {f"twin_{name}": value for name, value in _costs(model.twin(), train).items()}
     steps = train.num_steps(own["train_flops_per_token"])

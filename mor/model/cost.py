@@ -120,10 +120,13 @@ def decode_flops_per_token(
     )
 
 
-def generation_flops(config: ModelConfig, depths: Sequence[int]) -> float:
+def generation_flops(
+    config: ModelConfig, depths: Sequence[int], *, head_tokens: int | None = None
+) -> float:
     """FLOPs to run tokens of these depths one after the other, attended keys counted exactly.
 
     A token of depth r is active at recursions 1..r and sees the earlier ones active there.
+    head_tokens  tokens whose logits are computed; all unless given
     """
     active_tokens = [0.0] * config.num_recursions
     active_pairs = [0.0] * config.num_recursions
@@ -137,7 +140,7 @@ def generation_flops(config: ModelConfig, depths: Sequence[int]) -> float:
         pairs=_causal_pairs(len(depths)),
         active_tokens=active_tokens,
         active_pairs=active_pairs,
-        head_tokens=len(depths),
+        head_tokens=len(depths) if head_tokens is None else head_tokens,
     )
 
 

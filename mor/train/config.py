@@ -122,6 +122,15 @@ def _check_number(name: str, value: float, least: float, *, is_open: bool = Fals
         raise ValueError(f"{name} is {value}; give a number {bound}")
 
 
+def check_context(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ValueError when rows are longer than the model's longest context."""
+    if train.context > model.max_position_embeddings:
+        raise ValueError(
+            f"context {train.context} is longer than the model's max_position_embeddings "
+            f"{model.max_position_embeddings}; lower one or raise the other"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A model and how to train it."""

@@ -75,15 +75,14 @@ def set_thresholds(
     config = model.config
     if not config.has_router:
         return {}
-    quantiles = []
-    for r in range(config.num_recursions):
-        score_N, tokens = _scores(model, batches, r, dtype)
-        if r > 0 and config.router != "random":
+    has_thresholds = config.router != "random"
+    scores: list[Tensor] = []
+    # The pass for the last recursion tells the scores of all; a random router needs no other.
+    for r in range(1 if has_thresholds else config.num_recursions - 1, config.num_recursions):
+        scores, tokens = _scores(model, batches, dtype)
+        if has_thresholds:
             kept = round(config.capacity[r] * tokens)
-            model.model.router(r).threshold.fill_(_threshold(score_N, kept))
-        points = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
-        index = (points * max(len(score_N) - 1, 0)).round().long()
-        quantiles.append(score_N.sort().values[index].tolist() if len(score_N) else [])
+            model.model.router(r).threshold.fill_(_threshold(scores[r], kept))
     reached = measure_loss(model, batches, dtype=dtype)
     return {
         "rule": "a token goes on at recursion r if its score is above threshold r",
@@ -93,19 +92,29 @@ def set_thresholds(
         "capacity": list(config.capacity),
         "active": list(reached.active),
         "tokens": reached.tokens,
-        "score_quantiles": quantiles,
+        "score_quantiles": [_quantiles(score_N) for score_N in scores],
     }
 
 
 def _scores(
-    model: MoR, batches: Iterable[Batch], recursion: int, dtype: torch.dtype | None
-) -> tuple[Tensor, int]:
-    """Collect the candidates' scores at a recursion, and count all tokens."""
-    scores, tokens = [], 0
+    model: MoR, batches: Iterable[Batch], dtype: torch.dtype | None
+) -> tuple[list[Tensor], int]:
+    """Collect the candidates' scores at every recursion, and count all tokens."""
+    scores: list[list[Tensor]] = [[] for _ in range(model.config.num_recursions)]
+    tokens = 0
     for out in _run(model, batches, "causal", dtype, with_loss=False):
-        scores.append(out.recursions[recursion].score_N.cpu())
+        for collected, stats in zip(scores, out.recursions, strict=True):
+            collected.append(stats.score_N.cpu())
         tokens += out.num_tokens
-    return torch.cat(scores), tokens
+    return [torch.cat(collected) for collected in scores], tokens
+
+
+def _quantiles(score_N: Tensor) -> list[float]:
+    """Return evenly spaced quantiles, from the smallest score to the largest."""
+    if not len(score_N):
+        return []
+    points = torch.linspace(0, len(score_N) - 1, QUANTILES, dtype=torch.float64)
+    return score_N.sort().values[points.round().long()].tolist()
 
 
 def _threshold(score_N: Tensor, kept: int) -> float:
@@ -115,7 +124,7 @@ def _threshold(score_N: Tensor, kept: int) -> float:
     if kept == 0:
         return 1.0
     if kept == len(score_N):
-        return max(float(score_N[-1]) / 2, 0.0) if len(score_N) else 0.5
+        return -1.0  # everyone, also a token that scores lower than any here
     return float((score_N[kept - 1] + score_N[kept]) / 2)
 
 

@@ -27,7 +27,7 @@ from mor.log import logger, progress
 from mor.model.cost import count_params, training_flops_per_token
 from mor.model.mor import MoR
 from mor.ops.device import autocast, pick_device, pick_dtype
-from mor.train.config import Recipe, recipe_to_dict
+from mor.train.config import Recipe, check_context, recipe_to_dict
 from mor.train.heldout import measure_loss, set_thresholds
 from mor.train.metrics import (
     MetricsFile,
@@ -266,11 +266,7 @@ def fit_to_data(model: ModelConfig, data: PreparedData, recipe: Recipe) -> Model
         raise ValueError(
             f"vocab_size is {size}, but the data has token ids up to {vocab - 1}; leave it out"
         )
-    if recipe.train.context > model.max_position_embeddings:
-        raise ValueError(
-            f"context {recipe.train.context} is longer than the model's max_position_embeddings "
-            f"{model.max_position_embeddings}; lower one or raise the other"
-        )
+    check_context(model, recipe.train)
     eos = data.manifest.eos_token_id
     return dataclasses.replace(model, vocab_size=size, bos_token_id=eos, eos_token_id=eos)
 
