@@ -6,10 +6,6 @@ its own), from a recipe left beside it; then all decode side by side here, in al
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -26,22 +22,13 @@ from mor.checkpoint import load_model
 from mor.data.config import PrepareConfig
 from mor.data.loader import PreparedData
 from mor.data.prepare import prepare
+from mor.demo_page import print_table, report_page, verdict
 from mor.files import claim_folder, read_json, write_text
-from mor.log import human_bytes, human_count, logger, progress
+from mor.log import logger, progress
 from mor.model.cost import count_params, kv_bytes_per_token
 from mor.model.generate import GeneratedToken, SamplingParams, generate
 from mor.model.mor import MoR
-from mor.report import (
-    Section,
-    TokenDepth,
-    curves_svg,
-    depth_text_html,
-    histogram_svg,
-    render_page,
-    require_report_extra,
-    table_html,
-)
-from mor.train.metrics import read_metrics
+from mor.report import require_report_extra
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +141,8 @@ def demo(
     seconds = time.monotonic() - start_s
     command = "mor " + shlex.join(argv)
     report = out / "report.html"
-    write_text(report, _report(out, rows, models, data, command, seconds, failure, quick))
-    _print_table(rows)
+    write_text(report, report_page(out, rows, models, data, command, seconds, failure, quick))
+    print_table(rows)
     for line in verdict(rows):
         logger.info("%s", line)
     logger.info("report: %s (%.0f seconds in all)", report, seconds)
@@ -279,181 +266,3 @@ def check_depths(model: MoR, rows: list[dict[str, Any]]) -> str | None:
         if not ACTIVE_BOUNDS[0] <= share <= ACTIVE_BOUNDS[1]:
             return f"{100 * share:.1f}% of tokens are active at recursion {recursion}: it collapsed"
     return None
-
-
-COLUMNS = (
-    ("unique parameters", "params_unique", human_count),
-    ("tokens seen", "tokens", human_count),
-    ("bits per byte", "bits_per_byte", "{:.3f}".format),
-    ("mean depth", "mean_depth", "{:.2f}".format),
-    ("training s", "train_seconds", "{:.0f}".format),
-    ("peak memory", "peak_bytes", human_bytes),
-    ("KV per token", "kv_bytes_per_token", human_bytes),
-    ("generated tokens/s", "decode_tokens_per_s", "{:.0f}".format),
-)
-BEST_IS_LESS = {"params_unique", "bits_per_byte", "train_seconds", "peak_bytes"} | {
-    "kv_bytes_per_token"
-}
-
-
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """Say in plain words where MoR wins and where it loses, with the numbers."""
-    by_name = {row["name"]: row for row in rows}
-    mor = by_name["mor"]
-    lines = []
-    for other, label in (
-        ("mor-random", "the same with a random router"),
-        ("vanilla", "its vanilla twin"),
-        ("recursive", "its fixed-depth recursive twin"),
-    ):
-        gap = mor["bits_per_byte"] - by_name[other]["bits_per_byte"]
-        lines.append(
-            f"MoR minus {label}: {gap:+.4f} bits per byte, causal: "
-            f"MoR {'wins' if gap < 0 else 'loses'}"
-        )
-    vanilla = by_name["vanilla"]
-    for label, key, less in (
-        ("unique parameters", "params_unique", True),
-        ("training time", "train_seconds", True),
-        ("peak memory", "peak_bytes", True),
-        ("keys and values per token", "kv_bytes_per_token", True),
-        ("generated tokens per second", "decode_tokens_per_s", False),
-    ):
-        ratio = mor[key] / vanilla[key] if vanilla[key] else math.nan
-        wins = ratio < 1 if less else ratio > 1
-        lines.append(
-            f"{label}: {ratio:.2f} of the vanilla twin's: MoR {'wins' if wins else 'loses'}"
-        )
-    return lines
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for title, _, _ in COLUMNS:
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(row["label"], *(show(row[key]) for _, key, show in COLUMNS))
-    Console(stderr=True, highlight=False, width=max(120, Console().width)).print(table)
-
-
-def _report(
-    out: Path,
-    rows: list[dict[str, Any]],
-    models: dict[str, MoR],
-    data: PreparedData,
-    command: str,
-    seconds: float,
-    failure: str | None,
-    quick: bool,
-) -> str:
-    best = set()
-    for column, (_, key, _) in enumerate(COLUMNS, start=1):
-        if key in BEST_IS_LESS or key == "decode_tokens_per_s":
-            choose = min if key in BEST_IS_LESS else max
-            target = choose(row[key] for row in rows)
-            best |= {(index, column) for index, row in enumerate(rows) if row[key] == target}
-    table = table_html(
-        ["model", *(title for title, _, _ in COLUMNS)],
-        [[row["label"], *(show(row[key]) for _, key, show in COLUMNS)] for row in rows],
-        best=best,
-        caption=f"Trained for {rows[0]['train_flops']:.2g} FLOPs each, same data order",
-    )
-    said = "".join(f"<li>{line}</li>" for line in verdict(rows))
-    if failure:
-        said = f"<li><strong>{failure}</strong></li>" + said
-    series, shares = {}, {}
-    for row in rows:
-        lines = [
-            line for line in read_metrics(out / row["name"] / "metrics.jsonl") if "loss" in line
-        ]
-        flops = [line["train_flops"] for line in lines]
-        series[row["label"]] = (flops, smooth([line["loss"] for line in lines]))
-        active = [*row["active_share"], 0.0]
-        if row["num_recursions"] > 1:
-            shares[row["label"]] = [a - b for a, b in itertools.pairwise(active)]
-    manifest = data.manifest
-    tokens_per_param = rows[0]["tokens"] / rows[0]["params_nonembedding"]
-    sections = [
-        Section(
-            "Same FLOPs, side by side",
-            f"{table}<ul>{said}</ul>",
-            "Bits per byte are measured on text that no model saw, with the depth of every token "
-            f"decided from its past alone. With {tokens_per_param:.1f} tokens per parameter all "
-            "models are starved; the shared ones see more tokens for the same FLOPs, which favours "
-            "them here." + (" A quick run: the numbers say little." if quick else ""),
-        ),
-        Section(
-            "Training loss against FLOPs spent",
-            curves_svg(series, x_label="training FLOPs", y_label="loss, nats per token"),
-            "Running mean. The routed models train with top-k routing; their causal loss is the "
-            "one in the table.",
-        ),
-        Section(
-            "How deep tokens go",
-            histogram_svg(shares, x_label="depth", y_label="share of tokens"),
-            "Held-out text, causal routing.",
-        ),
-        Section("Held-out text, coloured by depth", _depth_page(models["mor"], data)),
-        Section("A sample", _sample(models["mor"], data), "Underneath every token: its own depth."),
-    ]
-    text_bytes = sum(split.bytes for split in manifest.splits.values())
-    subtitle = (
-        f"{manifest.source}; {human_bytes(text_bytes)} of text, "
-        f"vocabulary of {manifest.vocab_size}, sha256 {manifest.corpus_sha256[:16]}…; "
-        f"{seconds:.0f} seconds in all"
-    )
-    return render_page("mor demo", subtitle, sections, command=command, machine=machine())
-
-
-def smooth(values: list[float], *, keep: float = 0.8) -> list[float]:
-    """Return the running mean of values, unbiased at the start."""
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return out
-
-
-@torch.inference_mode()
-def _depth_page(model: MoR, data: PreparedData) -> str:
-    """Colour the first held-out tokens by the depth that the causal rule gives them."""
-    ids = data.split("val").read(0, CONTEXT)
-    depths = model(torch.from_numpy(ids)[None], rule="causal").depth[0].tolist()
-    return _coloured(ids.tolist(), depths, model, data)
-
-
-def _sample(model: MoR, data: PreparedData) -> str:
-    prompt = [data.manifest.eos_token_id]
-    params = SamplingParams(max_tokens=200, temperature=0.8, top_p=0.95)
-    events = generate(model, [prompt], params, eos_token_id=data.manifest.eos_token_id)
-    made = [event for event in events if isinstance(event, GeneratedToken)]
-    return _coloured([e.token for e in made], [e.depth for e in made], model, data)
-
-
-def _coloured(ids: list[int], depths: list[int], model: MoR, data: PreparedData) -> str:
-    pieces = data.tokenizer().pieces(ids)
-    tokens = [TokenDepth(text, depth) for text, depth in zip(pieces, depths, strict=True)]
-    return depth_text_html(tokens, model.config.num_recursions)
-
-
-def machine() -> dict[str, str]:
-    """Describe this machine as a benchmark must."""
-    name = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        for line in cpu_info.read_text(encoding="utf-8", errors="replace").split("\n"):
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return {
-        "processor": name,
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }

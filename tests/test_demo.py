@@ -7,7 +7,8 @@ import sys
 import pytest
 from support_model import random_ids, small_model
 
-from mor.demo import MEMBERS, check_depths, smooth, verdict, verify_decode
+from mor.demo import MEMBERS, check_depths, verify_decode
+from mor.demo_page import smooth, verdict
 from mor.model.generate import SamplingParams
 
 
