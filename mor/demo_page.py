@@ -148,7 +148,7 @@ def report_page(
         Section(
             "A sample",
             _sample(models["mor"], data),
-            "From nothing, at temperature 0.8; coloured by the depth of each new token.",
+            "From nothing, at temperature 0.8; every token coloured by its depth.",
         ),
     ]
     text_bytes = sum(split.bytes for split in manifest.splits.values())
