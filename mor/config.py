@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 FORMAT_VERSION = 1
 
-Sharing = Literal["cycle", "middle_cycle"]
-RouterKind = Literal["expert_choice", "fixed", "random"]
-Gating = Literal["auto", "weighted", "residual", "none"]
+Sharing = Literal["cycle", "middle_cycle", "sequence", "middle_sequence", "none"]
+RouterKind = Literal["expert_choice", "threshold", "fixed", "random"]
+Gating = Literal["auto", "weighted", "additive", "residual", "none"]
 KVStrategy = Literal["per_recursion"]
 
 
@@ -61,7 +61,7 @@ class ModelConfig:
     num_recursions: int = 1
     """R, how often the shared block can be applied to a token"""
     sharing: Sharing = "middle_cycle"
-    """which layers are shared; the middle maps keep the first and the last layer to themselves"""
+    """which layers are shared; the middle maps and none keep the first and the last layer apart"""
     router: RouterKind = "fixed"
     """who decides the depth; fixed gives every token the full depth, random is the control"""
     capacity: tuple[float, ...] = ()
@@ -70,6 +70,8 @@ class ModelConfig:
     """how a recursion's result joins the stream; auto is none for fixed, weighted for the others"""
     router_alpha: float = 0.1
     """scale of the weighted gate"""
+    router_threshold_rate: float = 0.1
+    """how far the threshold router moves towards its target share after a step"""
     router_aux_loss_coef: float = 0.001
     """weight of the loss that teaches scores to predict the top-k choice"""
     router_seed: int = 0
@@ -185,9 +187,19 @@ class ModelConfig:
                 f"{self.num_recursions}; use the router fixed",
             )
             _require(
-                self.gating != "none",
-                f"gating none is not built for the router {self.router}; use weighted or residual",
+                "sequence" not in self.sharing,
+                f"sharing {self.sharing} serves the router fixed; the router {self.router} needs "
+                "cycle, middle_cycle or none",
             )
+            _require(
+                self.router != "threshold" or self.gating in ("weighted", "residual"),
+                f"the router threshold learns through its gate, gating {self.gating} has none; use "
+                "weighted or residual",
+            )
+        _require(
+            0 < self.router_threshold_rate <= 1,
+            f"router_threshold_rate is {self.router_threshold_rate}; give a number in (0, 1]",
+        )
         for name in ("router_alpha", "router_aux_loss_coef"):
             value = getattr(self, name)
             _require(
@@ -198,7 +210,7 @@ class ModelConfig:
     @property
     def num_own_layers(self) -> int:
         """Layers of prelude and coda together, applied once to every token."""
-        return 2 if self.sharing == "middle_cycle" else 0
+        return 0 if self.sharing in ("cycle", "sequence") else 2
 
     @property
     def num_prelude_layers(self) -> int:
@@ -210,13 +222,27 @@ class ModelConfig:
 
     @property
     def num_block_layers(self) -> int:
-        """Layers of the shared block."""
+        """Layers of a recursion."""
         return (self.num_hidden_layers - self.num_own_layers) // self.num_recursions
 
     @property
     def num_unique_layers(self) -> int:
         """Layers that have weights of their own."""
-        return self.num_own_layers + self.num_block_layers
+        block = self.num_block_layers * (self.num_recursions if self.sharing == "none" else 1)
+        return self.num_own_layers + block
+
+    def block_layer(self, recursion: int, index: int) -> int:
+        """Return which stored layer is the index-th of a recursion (both from 0).
+
+        Source: the sharing maps of arXiv 2507.10524, Table 1, over the layers between prelude and
+        coda: cycle repeats the block, sequence each of its layers, none shares nothing.
+        """
+        unrolled = recursion * self.num_block_layers + index
+        if self.sharing == "none":
+            return self.num_prelude_layers + unrolled
+        if "sequence" in self.sharing:
+            return self.num_prelude_layers + unrolled // self.num_recursions
+        return self.num_prelude_layers + index
 
     @property
     def has_router(self) -> bool:

@@ -10,10 +10,16 @@ from mor.model.mor import MoR
 ROUTED = [
     ("expert_choice", "weighted"),
     ("expert_choice", "residual"),
+    ("expert_choice", "additive"),
+    ("expert_choice", "none"),
+    ("threshold", "weighted"),
+    ("threshold", "residual"),
     ("random", "weighted"),
     ("random", "residual"),
+    ("random", "none"),
 ]
 KINDS = [*ROUTED, ("fixed", "none")]
+THRESHOLDED = ("expert_choice", "threshold")
 
 
 def small_config(router="expert_choice", gating="weighted", **fields: Any) -> ModelConfig:

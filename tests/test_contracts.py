@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from support_model import KINDS, ROUTED, random_ids, small_model
+from support_model import KINDS, ROUTED, THRESHOLDED, random_ids, small_model
 
 from mor.model.generate import GeneratedToken, Prefill, SamplingParams, generate
 
@@ -22,7 +22,7 @@ def causal(model, ids, **options):
 
 def spread_thresholds(model, ids):
     """Put every threshold into the widest gap of the middle scores: all depths occur, no ties."""
-    if model.config.router != "expert_choice":
+    if model.config.router not in THRESHOLDED:
         return model
     for r in range(1, model.config.num_recursions):
         scores = causal(model, ids).recursions[r].score_N.sort().values

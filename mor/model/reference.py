@@ -80,7 +80,7 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
             RecursionStats(int(candidate_BT.sum()), int(active_BT.sum()), passing, score_N)
         )
         block_BTD = x_BTD
-        for layer in stack.block:
+        for layer in stack.block(r):
             block_BTD = layer(block_BTD, rotary, attend_among(active_BT))
         joined_BTD = join(x_BTD, block_BTD, gate_BT1, config.gating)
         x_BTD = torch.where(active_BT[..., None], joined_BTD, x_BTD)
@@ -110,7 +110,7 @@ def _chosen(
             recursion=recursion,
         )
         return draw_BT < config.capacity[recursion] / config.capacity[recursion - 1]
-    if rule == "causal":
+    if rule == "causal" or config.router == "threshold":
         return score_BT > router.threshold
     # A token is among the k best when fewer than k candidates beat it; the earlier wins a tie.
     score_BT = score_BT.masked_fill(~candidate_BT, -1.0)

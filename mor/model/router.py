@@ -91,7 +91,7 @@ class Router(nn.Module):
         return Routing(index_A, equal_count, self.gate(active_logit)[:, None], score_N, loss)
 
     def _choose(self, score_N: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, int | None]:
-        if self.config.router == "random" or rule == "causal":
+        if self.config.router != "expert_choice" or rule == "causal":
             return self.passes(score_N, rows).nonzero()[:, 0], None
         if rows.is_dense and rows.equal_length is not None:
             # Equal sequences keep equal counts: no question to the device.
@@ -105,6 +105,20 @@ class Router(nn.Module):
         score_BC = rows.pad(score_N, slot_N, fill=float("-inf"))
         mask_BC = top_k_mask(score_BC, top_k_count(rows.length_B, self.capacity))
         return rows.unpad(mask_BC, slot_N).nonzero()[:, 0], None
+
+    @torch.no_grad()
+    def move_threshold(self, score_N: Tensor, *, is_first: bool = False) -> None:
+        """Move the threshold towards the quantile that would have let c_r / c_(r-1) through.
+
+        For the `threshold` router, after an optimizer step, with the scores of all its candidates.
+        is_first  take the quantile itself
+        """
+        if self.config.router != "threshold" or self.recursion == 0 or not len(score_N):
+            return
+        share = self.capacity / self.capacity_before
+        target = -1.0 if share == 1 else torch.quantile(score_N.float(), 1 - share)
+        rate = 1.0 if is_first or share == 1 else self.config.router_threshold_rate
+        self.threshold += rate * (target - self.threshold)
 
     def passes(self, score_N: Tensor, rows: Rows) -> Tensor:
         """Apply the causal rule: True where a candidate goes on, from that candidate alone."""
@@ -124,8 +138,11 @@ def join(x_AD: Tensor, block_AD: Tensor, gate_A1: Tensor | None, gating: str) ->
 
     weighted  x + g block(x), with g = alpha sigmoid(z)          (the paper's)
     residual  x + g (block(x) - x), with g = 2 sigmoid(z)        (1 at zero router weights)
-    none      block(x)                                            (fixed depth)
+    additive  x + block(x)                                        (the paper's, no gate)
+    none      block(x)                                            (a hard decision)
     """
+    if gating == "additive":
+        return x_AD + block_AD
     if gate_A1 is None or gating == "none":
         return block_AD
     gate_A1 = gate_A1.to(x_AD.dtype)

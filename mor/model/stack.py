@@ -65,13 +65,16 @@ class Stack(nn.Module):
     def prelude(self) -> list[Layer]:
         return self._layers(0, self.config.num_prelude_layers)
 
-    @property
-    def block(self) -> list[Layer]:
-        return self._layers(self.config.num_prelude_layers, self.config.num_block_layers)
+    def block(self, recursion: int) -> list[Layer]:
+        """Return the layers of a recursion, counted from 0; where they are shared, the same."""
+        places = range(self.config.num_block_layers)
+        return [
+            cast(Layer, self.layers[self.config.block_layer(recursion, place)]) for place in places
+        ]
 
     @property
     def coda(self) -> list[Layer]:
-        first = self.config.num_prelude_layers + self.config.num_block_layers
+        first = self.config.num_unique_layers - self.config.num_coda_layers
         return self._layers(first, self.config.num_coda_layers)
 
     def _layers(self, first: int, count: int) -> list[Layer]:
@@ -138,7 +141,7 @@ class Stack(nn.Module):
                 view = cache.block[r].append(rows)
             elif view is None:
                 view = LocalView(rows)
-            block_AD = run_layers(self.block, x_ND, rotary, view)
+            block_AD = run_layers(self.block(r), x_ND, rotary, view)
             x_ND = join(x_ND, block_AD, gate_A1, self.config.gating)
             depth_N[origin_N] = r + 1
         for before_ND, index_A in reversed(left):

@@ -75,7 +75,7 @@ def set_thresholds(
     config = model.config
     if not config.has_router:
         return {}
-    has_thresholds = config.router != "random"
+    has_thresholds = config.router in ("expert_choice", "threshold")
     scores: list[Tensor] = []
     # The pass for the last recursion tells the scores of all; a random router needs no other.
     for r in range(1 if has_thresholds else config.num_recursions - 1, config.num_recursions):

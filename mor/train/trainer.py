@@ -163,6 +163,7 @@ def _step(
     tokens = config.batch_tokens
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     router_sum = torch.zeros_like(loss_sum)
+    scores: list[list[torch.Tensor]] = [[] for _ in range(recipe.model.num_recursions)]
     for start in range(0, config.batch_rows, config.micro_batch_rows):
         first = step * config.batch_rows + start
         batch = loader.batch(first, config.micro_batch_rows).to(device)
@@ -181,6 +182,8 @@ def _step(
         loss.backward()
         loss_sum += out.loss_sum.detach()
         meter.add(out)
+        for collected, stats in zip(scores, out.recursions, strict=True):
+            collected.append(stats.score_N)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     losses = {
         "loss": float(loss_sum) / tokens,
@@ -189,6 +192,9 @@ def _step(
     }
     if all(map(math.isfinite, losses.values())):
         optimizer.step()
+        if recipe.model.router == "threshold":
+            for r, collected in enumerate(scores):
+                model.model.router(r).move_threshold(torch.cat(collected), is_first=step == 0)
     optimizer.zero_grad(set_to_none=True)
     return losses
 

@@ -12,7 +12,7 @@ from mor.model.mor import MoR
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
+@pytest.mark.parametrize("sharing", ["cycle", "middle_cycle", "none"])
 @pytest.mark.parametrize(("router", "gating"), KINDS)
 def test_parameters_are_counted(router, gating, sharing, tied):
     layers = 6 if sharing == "cycle" else 8

@@ -34,7 +34,7 @@ def naive_recursions(model, x_TD, gating):
         loss += sum(bce) / len(active)
         block = x_TD[chosen]
         rotary = rotary_angles(torch.tensor(chosen), config, dtype=x_TD.dtype)
-        for layer in stack.block:
+        for layer in stack.block(r):
             block = layer(block, rotary, naive_attention)
         x_TD = x_TD.clone()
         for row, t in enumerate(chosen):
@@ -109,6 +109,32 @@ def test_router_learns_through_gate_and_loss():
     model.zero_grad()
     out.router_loss_sum.backward()
     assert all(grad > 0 for grad in _router_grads(model))
+
+
+def test_the_threshold_router_trains_by_the_rule_that_it_serves_by():
+    """Its choice in training is causal: the future moves nothing, and no loss is added."""
+    model = small_model("threshold", "weighted")
+    model.model.router(1).threshold.fill_(0.4)
+    ids = random_ids(2, 12)
+    other = ids.clone()
+    other[:, 6:] = random_ids(2, 6, seed=9)
+    with torch.no_grad():
+        before, after = model(ids, rule="train"), model(other, rule="train")
+        assert torch.equal(before.depth, model(ids, rule="causal").depth)
+    assert torch.equal(before.depth[:, :6], after.depth[:, :6])
+    assert before.router_loss_sum is None
+    assert len(set(before.depth.flatten().tolist())) > 1
+
+
+def test_a_threshold_moves_towards_the_share_that_it_should_let_through():
+    router = small_model("threshold", "weighted").model.router(2)  # 1/3 of 2/3: half go on
+    scores = torch.linspace(0, 1, 101)
+    router.move_threshold(scores, is_first=True)
+    assert float(router.threshold) == pytest.approx(0.5, abs=1e-6)
+    router.move_threshold(scores + 1)
+    assert float(router.threshold) == pytest.approx(0.6, abs=1e-6)
+    router.move_threshold(scores[:0])  # nobody came: nothing is learnt
+    assert float(router.threshold) == pytest.approx(0.6, abs=1e-6)
 
 
 def _router_grads(model):

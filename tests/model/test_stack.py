@@ -59,7 +59,10 @@ def test_fast_equals_reference_for_random_small_models(data):
     draw = data.draw
     router, gating = draw(st.sampled_from(KINDS))
     recursions = draw(st.integers(2 if router != "fixed" else 1, 4))
-    sharing = draw(st.sampled_from(["cycle", "middle_cycle"]))
+    sharings = ["cycle", "middle_cycle", "none"]
+    if router == "fixed":
+        sharings += ["sequence", "middle_sequence"]
+    sharing = draw(st.sampled_from(sharings))
     block = draw(st.integers(1, 2))
     shares = sorted(
         draw(st.lists(st.floats(0.05, 1.0), min_size=recursions - 1, max_size=recursions - 1)),
@@ -72,7 +75,7 @@ def test_fast_equals_reference_for_random_small_models(data):
         seed=draw(st.integers(0, 3)),
         num_recursions=recursions,
         sharing=sharing,
-        num_hidden_layers=block * recursions + (2 if sharing == "middle_cycle" else 0),
+        num_hidden_layers=block * recursions + (0 if sharing in ("cycle", "sequence") else 2),
         capacity=(1.0, *shares) if router != "fixed" else (),
         num_attention_heads=groups[0],
         num_key_value_heads=groups[1],
