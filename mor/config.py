@@ -19,6 +19,8 @@ FORMAT_VERSION = 1
 Sharing = Literal["cycle", "middle_cycle", "sequence", "middle_sequence", "none"]
 RouterKind = Literal["expert_choice", "threshold", "fixed", "random"]
 Gating = Literal["auto", "weighted", "additive", "residual", "none"]
+RouterBody = Literal["linear", "mlp", "wide_mlp"]
+RouterAux = Literal["loss", "router"]
 KVStrategy = Literal["per_recursion"]
 
 
@@ -70,6 +72,16 @@ class ModelConfig:
     """how a recursion's result joins the stream; auto is none for fixed, weighted for the others"""
     router_alpha: float = 0.1
     """scale of the weighted gate"""
+    router_body: RouterBody = "linear"
+    """what turns a state into a score; the MLPs have a hidden layer of 2 or 4 times the width"""
+    router_bias: bool = False
+    """give the router's layers a bias"""
+    router_aux: RouterAux = "loss"
+    """how expert choice learns its causal rule: a loss on its scores, or a second router beside"""
+    router_z_loss_coef: float = 0.0
+    """weight of the mean squared logit, which keeps scores small"""
+    capacity_warmup_steps: int = 0
+    """optimizer steps in which capacities fall from 1 to their own, on half a cosine"""
     router_threshold_rate: float = 0.1
     """how far the threshold router moves towards its target share after a step"""
     router_aux_loss_coef: float = 0.001
@@ -143,6 +155,8 @@ class ModelConfig:
             ("sharing", Sharing),
             ("router", RouterKind),
             ("gating", Gating),
+            ("router_body", RouterBody),
+            ("router_aux", RouterAux),
             ("kv_strategy", KVStrategy),
         ):
             check_choice(name, getattr(self, name), typing.get_args(kind))
@@ -200,7 +214,19 @@ class ModelConfig:
             0 < self.router_threshold_rate <= 1,
             f"router_threshold_rate is {self.router_threshold_rate}; give a number in (0, 1]",
         )
-        for name in ("router_alpha", "router_aux_loss_coef"):
+        _require(
+            self.router_aux == "loss" or self.router == "expert_choice",
+            f"router_aux router serves the router expert_choice, not {self.router}; use loss",
+        )
+        _require(
+            self.capacity_warmup_steps == 0 or self.router in ("expert_choice", "threshold"),
+            f"capacity_warmup_steps serves expert_choice and threshold, not {self.router}; use 0",
+        )
+        _require(
+            0 <= self.capacity_warmup_steps < 2**31,
+            f"capacity_warmup_steps is {self.capacity_warmup_steps}; give 0 or more",
+        )
+        for name in ("router_alpha", "router_aux_loss_coef", "router_z_loss_coef"):
             value = getattr(self, name)
             _require(
                 math.isfinite(value) and value >= 0,
@@ -247,6 +273,16 @@ class ModelConfig:
     @property
     def has_router(self) -> bool:
         return self.router != "fixed"
+
+    @property
+    def has_aux_router(self) -> bool:
+        """A second router, on detached states, decides at inference."""
+        return self.router == "expert_choice" and self.router_aux == "router"
+
+    @property
+    def router_hidden_size(self) -> int:
+        """Hidden width of an MLP router."""
+        return self.hidden_size * {"linear": 0, "mlp": 2, "wide_mlp": 4}[self.router_body]
 
     @property
     def capacity_depth(self) -> float:

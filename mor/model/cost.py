@@ -34,10 +34,31 @@ def count_params(config: ModelConfig) -> ParamCount:
     """Count parameters; the thresholds are buffers and not counted."""
     d = config.hidden_size
     embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
-    rest = d + (config.num_recursions * d if config.has_router else 0)  # last norm and routers
+    rest = d + config.num_recursions * router_params(config)  # last norm and routers
     own = config.num_unique_layers * layer_params(config) + rest
     unrolled = config.num_hidden_layers * layer_params(config) + rest
     return ParamCount(embedding + own, own, embedding + unrolled)
+
+
+def router_params(config: ModelConfig) -> int:
+    """Weights of one recursion's router, and of the auxiliary one beside it."""
+    if not config.has_router:
+        return 0
+    return (_router_weights(config) + _router_biases(config)) * (2 if config.has_aux_router else 1)
+
+
+def _router_weights(config: ModelConfig) -> int:
+    hidden = config.router_hidden_size
+    return config.hidden_size * hidden + hidden if hidden else config.hidden_size
+
+
+def _router_biases(config: ModelConfig) -> int:
+    return config.router_hidden_size + 1 if config.router_bias else 0
+
+
+def router_flops(config: ModelConfig) -> int:
+    """FLOPs to score one candidate."""
+    return 2 * _router_weights(config) * (2 if config.has_aux_router else 1)
 
 
 def linear_flops(config: ModelConfig) -> int:
@@ -71,7 +92,7 @@ def forward_flops(
     candidates = tokens
     for active, attended in zip(active_tokens, active_pairs, strict=True):
         if config.has_router:
-            flops += candidates * 2 * config.hidden_size
+            flops += candidates * router_flops(config)
         flops += config.num_block_layers * (active * linear + attended * pair)
         candidates = active
     return flops
@@ -160,8 +181,8 @@ def weight_bytes_per_step(
     shares = config.capacity if active is None else active
     layers = config.num_own_layers + config.num_block_layers * sum(shares)
     head = config.vocab_size * config.hidden_size
-    routers = config.hidden_size * sum((1.0, *shares)[: config.num_recursions])
-    rest = config.hidden_size + (routers if config.has_router else 0)
+    routers = router_params(config) * sum((1.0, *shares)[: config.num_recursions])
+    rest = config.hidden_size + routers
     return element_bytes * (layers * layer_params(config) + head + rest)
 
 

@@ -30,7 +30,7 @@ class MoROutput(NamedTuple):
     loss_sum: Tensor | None
     """cross-entropy summed over labelled tokens"""
     router_loss_sum: Tensor | None
-    """auxiliary loss of the routers, summed; weigh by router_aux_loss_coef, divide by num_tokens"""
+    """weighted losses of the routers, summed over tokens and recursions; None without any"""
     num_tokens: int
     """real tokens of the batch"""
     depth: Tensor
@@ -57,6 +57,8 @@ class MoR(nn.Module):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @property
     def head_weight_VD(self) -> Tensor:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mor.model.layers import Attend, rotary_angles
 from mor.model.router import Rule, join
@@ -60,22 +59,26 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
         gate_BT1, score_N, score_BT, candidate_BT = None, x_ND.new_empty(0), None, active_BT
         if config.has_router:
             router = stack.router(r)
-            logit_BT = router.logit(x_BTD)
-            score_BT = torch.sigmoid(logit_BT.detach())
+            logit_BT, causal_BT = router.logits(x_BTD)
+            score_BT = torch.sigmoid(causal_BT.detach())
             score_N = score_BT[candidate_BT]
             gate_BT1 = router.gate(logit_BT)[..., None]
             if r > 0:
-                active_BT = candidate_BT & _chosen(stack, r, score_BT, candidate_BT, rows, rule)
-            if rule == "train" and config.router == "expert_choice":
-                loss = F.binary_cross_entropy_with_logits(
-                    logit_BT, active_BT.to(logit_BT.dtype), reduction="none"
+                is_top_k = rule == "train" and config.router == "expert_choice"
+                by_BT = torch.sigmoid(logit_BT.detach()) if is_top_k else score_BT
+                active_BT = candidate_BT & _chosen(stack, r, by_BT, candidate_BT, rows, rule)
+            if rule == "train":
+                loss = router.loss(
+                    logit_BT[candidate_BT],
+                    causal_BT[candidate_BT],
+                    active_BT[candidate_BT].to(logit_BT.dtype),
                 )
-                loss = loss[candidate_BT].sum() / config.capacity[max(r - 1, 0)]
-                router_loss = loss + (0 if router_loss is None else router_loss)
+                if loss is not None:
+                    router_loss = loss + (0 if router_loss is None else router_loss)
         passing = x_ND.new_empty(0)
         if score_BT is not None:
-            causal_BT = _chosen(stack, r, score_BT, candidate_BT, rows, "causal")
-            passing = (candidate_BT & causal_BT).sum()
+            passes_BT = _chosen(stack, r, score_BT, candidate_BT, rows, "causal")
+            passing = (candidate_BT & passes_BT).sum()
         stats.append(
             RecursionStats(int(candidate_BT.sum()), int(active_BT.sum()), passing, score_N)
         )
@@ -109,7 +112,7 @@ def _chosen(
             seed=config.router_seed,
             recursion=recursion,
         )
-        return draw_BT < config.capacity[recursion] / config.capacity[recursion - 1]
+        return draw_BT < router.capacity(recursion) / router.capacity(recursion - 1)
     if rule == "causal" or config.router == "threshold":
         return score_BT > router.threshold
     # A token is among the k best when fewer than k candidates beat it; the earlier wins a tie.
@@ -117,4 +120,4 @@ def _chosen(
     better_BTT = score_BT[:, None, :] > score_BT[:, :, None]
     tie_BTT = (score_BT[:, None, :] == score_BT[:, :, None]).tril(-1)
     rank_BT = (better_BTT | tie_BTT).sum(-1)
-    return rank_BT < top_k_count(rows.length_B, config.capacity[recursion])[:, None]
+    return rank_BT < top_k_count(rows.length_B, router.capacity(recursion))[:, None]

@@ -7,6 +7,7 @@ Shapes: B sequences, N candidate rows, A active rows, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -33,39 +34,58 @@ class Routing(NamedTuple):
     score_N: Tensor
     """detached sigmoid scores of the candidates"""
     loss: Tensor | None
-    """sum over candidates of the auxiliary loss, over c_(r-1); None without one"""
+    """weighted losses of the candidates, summed, over c_(r-1); None without any"""
 
 
 class Router(nn.Module):
-    """The router of one recursion (numbered from 0): a linear score, a gate and a threshold.
+    """The router of one recursion (numbered from 0): a score, a gate and a threshold.
 
-    Source: expert choice, arXiv 2507.10524 Eq. 2.1 and its auxiliary loss.
+    Source: expert choice, arXiv 2507.10524 Eq. 2.1 and its auxiliary losses.
     """
 
     def __init__(self, config: ModelConfig, recursion: int) -> None:
         super().__init__()
-        self.body = nn.Linear(config.hidden_size, 1, bias=False)
+        self.body = make_body(config)
+        self.aux_body = make_body(config) if config.has_aux_router else None
         self.register_buffer("threshold", torch.tensor(0.5))
         self.threshold: Tensor
+        if config.capacity_warmup_steps:
+            self.register_buffer("steps_done", torch.tensor(0))
         self.config = config
         self.recursion = recursion
-        self.capacity = config.capacity[recursion]
-        self.capacity_before = config.capacity[max(recursion - 1, 0)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move as other modules do, but never go below fp32: scores decide."""
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 else moved
+            is_narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if is_narrow else moved
 
         return super()._apply(keep_wide, recurse)
 
-    def logit(self, x_ND: Tensor) -> Tensor:
-        """Score rows before the sigmoid, in fp32 or wider also under autocast. Returns (N,)."""
+    def capacity(self, recursion: int) -> float:
+        """Share of tokens that a recursion takes; falls from 1 while capacities warm up.
+
+        c + (1 - c) (1 + cos(pi min(1, s / W))) / 2 after s of W optimizer steps
+        """
+        share = self.config.capacity[max(recursion, 0)]
+        if not self.config.capacity_warmup_steps:
+            return share
+        done = min(1.0, float(self.get_buffer("steps_done")) / self.config.capacity_warmup_steps)
+        return share + (1 - share) * (1 + math.cos(math.pi * done)) / 2
+
+    def logits(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Score rows before the sigmoid: what gates them, and what the causal rule asks.
+
+        Both are (N,), fp32 or wider also under autocast, and the same without an auxiliary router.
+        """
         with torch.autocast(x_ND.device.type, enabled=False):
-            wide = torch.promote_types(x_ND.dtype, self.body.weight.dtype)
-            return F.linear(x_ND.to(wide), self.body.weight.to(wide))[..., 0]
+            x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+            gating_N = self.body(x_ND)[..., 0]
+            if self.aux_body is None:
+                return gating_N, gating_N
+            return gating_N, self.aux_body(x_ND.detach())[..., 0]
 
     def gate(self, logit: Tensor) -> Tensor:
         """Turn logits into the factor that `join` applies."""
@@ -75,47 +95,65 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor, rows: Rows, *, rule: Rule) -> Routing:
         """Decide which of the candidate rows x_ND are active at this recursion."""
-        logit_N = self.logit(x_ND)
-        score_N = torch.sigmoid(logit_N.detach())
+        logit_N, causal_N = self.logits(x_ND)
+        score_N = torch.sigmoid(causal_N.detach())
         index_A, equal_count = None, rows.max_count if rows.is_dense else None
         if self.recursion > 0:
-            index_A, equal_count = self._choose(score_N, rows, rule)
+            index_A, equal_count = self._choose(logit_N.detach(), score_N, rows, rule)
         active_logit = logit_N if index_A is None else logit_N[index_A]
         loss = None
-        if rule == "train" and self.config.router == "expert_choice":
+        if rule == "train":
             member_N = torch.ones_like(logit_N)
             if index_A is not None:
                 member_N = torch.zeros_like(logit_N).index_fill(0, index_A, 1.0)
-            loss = F.binary_cross_entropy_with_logits(logit_N, member_N, reduction="sum")
-            loss = loss / self.capacity_before
+            loss = self.loss(logit_N, causal_N, member_N)
         return Routing(index_A, equal_count, self.gate(active_logit)[:, None], score_N, loss)
 
-    def _choose(self, score_N: Tensor, rows: Rows, rule: Rule) -> tuple[Tensor, int | None]:
+    def loss(self, logit_N: Tensor, causal_N: Tensor, member_N: Tensor) -> Tensor | None:
+        """Sum the weighted losses of candidates, over c_(r-1); None where there are none.
+
+        Membership: binary cross-entropy of the causal rule's logits. z-loss: the squared logit.
+        """
+        config, loss = self.config, None
+        if config.router == "expert_choice":
+            loss = config.router_aux_loss_coef * F.binary_cross_entropy_with_logits(
+                causal_N, member_N, reduction="sum"
+            )
+        if config.router_z_loss_coef:
+            loss = config.router_z_loss_coef * logit_N.square().sum() + (0 if loss is None else loss)
+        return None if loss is None else loss / self.capacity(self.recursion - 1)
+
+    def _choose(
+        self, logit_N: Tensor, score_N: Tensor, rows: Rows, rule: Rule
+    ) -> tuple[Tensor, int | None]:
         if self.config.router != "expert_choice" or rule == "causal":
             return self.passes(score_N, rows).nonzero()[:, 0], None
         if rows.is_dense and rows.equal_length is not None:
             # Equal sequences keep equal counts: no question to the device.
-            score_BC = score_N.view(rows.num_sequences, rows.max_count)
-            k = int(top_k_count(torch.tensor([rows.equal_length]), self.capacity))
+            score_BC = logit_N.view(rows.num_sequences, rows.max_count)
+            k = int(top_k_count(torch.tensor([rows.equal_length]), self.capacity(self.recursion)))
             order_BC = torch.argsort(score_BC, dim=1, descending=True, stable=True)
             first_B1 = torch.arange(rows.num_sequences, device=score_N.device)[:, None]
             index_Bk = order_BC[:, :k].sort(dim=1).values + first_B1 * rows.max_count
             return index_Bk.flatten(), min(k, rows.max_count)
         slot_N = rows.slot_N()
-        score_BC = rows.pad(score_N, slot_N, fill=float("-inf"))
-        mask_BC = top_k_mask(score_BC, top_k_count(rows.length_B, self.capacity))
+        score_BC = rows.pad(logit_N, slot_N, fill=float("-inf"))
+        mask_BC = top_k_mask(score_BC, top_k_count(rows.length_B, self.capacity(self.recursion)))
         return rows.unpad(mask_BC, slot_N).nonzero()[:, 0], None
 
     @torch.no_grad()
-    def move_threshold(self, score_N: Tensor, *, is_first: bool = False) -> None:
-        """Move the threshold towards the quantile that would have let c_r / c_(r-1) through.
+    def after_step(self, score_N: Tensor, *, is_first: bool = False) -> None:
+        """Count an optimizer step and, for the `threshold` router, move its threshold.
 
-        For the `threshold` router, after an optimizer step, with the scores of all its candidates.
+        It moves towards the quantile that would have let c_r / c_(r-1) of the candidates through.
+        score_N   scores of all candidates of the step
         is_first  take the quantile itself
         """
+        if self.config.capacity_warmup_steps:
+            self.get_buffer("steps_done").add_(1)
         if self.config.router != "threshold" or self.recursion == 0 or not len(score_N):
             return
-        share = self.capacity / self.capacity_before
+        share = self.capacity(self.recursion) / self.capacity(self.recursion - 1)
         target = -1.0 if share == 1 else torch.quantile(score_N.float(), 1 - share)
         rate = 1.0 if is_first or share == 1 else self.config.router_threshold_rate
         self.threshold += rate * (target - self.threshold)
@@ -129,8 +167,17 @@ class Router(nn.Module):
                 seed=self.config.router_seed,
                 recursion=self.recursion,
             )
-            return draw_N < self.capacity / self.capacity_before
+            return draw_N < self.capacity(self.recursion) / self.capacity(self.recursion - 1)
         return score_N > self.threshold
+
+
+def make_body(config: ModelConfig) -> nn.Module:
+    """Build what turns (N, D) states into (N, 1) logits."""
+    d, bias = config.hidden_size, config.router_bias
+    if config.router_body == "linear":
+        return nn.Linear(d, 1, bias=bias)
+    hidden = config.router_hidden_size
+    return nn.Sequential(nn.Linear(d, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, 1, bias=bias))
 
 
 def join(x_AD: Tensor, block_AD: Tensor, gate_A1: Tensor | None, gating: str) -> Tensor:

@@ -44,7 +44,7 @@ class StackOutput(NamedTuple):
     depth_N: Tensor
     """recursions that each row took, int64"""
     router_loss: Tensor | None
-    """auxiliary loss summed over rows and recursions (each over c_(r-1)), None without one"""
+    """weighted losses summed over rows and recursions (each over c_(r-1)), None without any"""
     recursions: list[RecursionStats]
 
 

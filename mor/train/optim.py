@@ -10,13 +10,38 @@ from torch import nn
 from mor.train.config import TrainConfig
 
 
+AUX_LR_SCALE = 10.0
+
+
+def is_aux_router(name: str) -> bool:
+    """Tell the parameters of auxiliary routers, which are trained apart."""
+    return ".aux_body." in name
+
+
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+    """Clip the model's gradients to a norm, auxiliary routers by themselves; returns the norm."""
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, param in model.named_parameters():
+        parts[is_aux_router(name)].append(param)
+    if parts[True]:
+        torch.nn.utils.clip_grad_norm_(parts[True], limit)
+    return torch.nn.utils.clip_grad_norm_(parts[False], limit)
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return fused AdamW; matrices decay, vectors (norm gains) do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """Return fused AdamW; matrices decay, vectors (norm gains) do not.
+
+    Auxiliary routers learn at ten times the rate, as in the paper; `lr_scale` says so.
+    """
+    decay = config.weight_decay
+    groups = []
+    for is_aux, lr_scale in ((False, 1.0), (True, AUX_LR_SCALE)):
+        params = [p for name, p in model.named_parameters() if is_aux_router(name) == is_aux]
+        matrices = [p for p in params if p.dim() >= 2]
+        vectors = [p for p in params if p.dim() < 2]
+        groups.append({"params": matrices, "weight_decay": decay, "lr_scale": lr_scale})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr_scale": lr_scale})
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
     )

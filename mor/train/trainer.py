@@ -35,7 +35,7 @@ from mor.train.metrics import (
     measure_peak_flops,
     peak_memory_bytes,
 )
-from mor.train.optim import build_optimizer, learning_rate
+from mor.train.optim import build_optimizer, clip_gradients, learning_rate
 from mor.train.state import Checkpoints
 
 
@@ -103,7 +103,7 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
             for step in range(first_step, num_steps):
                 rate = learning_rate(step, num_steps, config)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["lr_scale"]
                 losses = _step(model, optimizer, loader, step, recipe, device, dtype, meter)
                 if not all(map(math.isfinite, losses.values())):
                     raise ValueError(_bad_step(step, losses, checkpoints))
@@ -177,14 +177,14 @@ def _step(
         assert out.loss_sum is not None
         loss = out.loss_sum / tokens
         if out.router_loss_sum is not None:
-            loss = loss + recipe.model.router_aux_loss_coef * out.router_loss_sum / tokens
+            loss = loss + out.router_loss_sum / tokens
             router_sum += out.router_loss_sum.detach()
         loss.backward()
         loss_sum += out.loss_sum.detach()
         meter.add(out)
         for collected, stats in zip(scores, out.recursions, strict=True):
             collected.append(stats.score_N)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    grad_norm = clip_gradients(model, config.grad_clip)
     losses = {
         "loss": float(loss_sum) / tokens,
         "router_loss": float(router_sum) / tokens,
@@ -192,9 +192,8 @@ def _step(
     }
     if all(map(math.isfinite, losses.values())):
         optimizer.step()
-        if recipe.model.router == "threshold":
-            for r, collected in enumerate(scores):
-                model.model.router(r).move_threshold(torch.cat(collected), is_first=step == 0)
+        for r, collected in enumerate(scores if recipe.model.has_router else []):
+            model.model.router(r).after_step(torch.cat(collected), is_first=step == 0)
     optimizer.zero_grad(set_to_none=True)
     return losses
 

@@ -129,11 +129,11 @@ def test_the_threshold_router_trains_by_the_rule_that_it_serves_by():
 def test_a_threshold_moves_towards_the_share_that_it_should_let_through():
     router = small_model("threshold", "weighted").model.router(2)  # 1/3 of 2/3: half go on
     scores = torch.linspace(0, 1, 101)
-    router.move_threshold(scores, is_first=True)
+    router.after_step(scores, is_first=True)
     assert float(router.threshold) == pytest.approx(0.5, abs=1e-6)
-    router.move_threshold(scores + 1)
+    router.after_step(scores + 1)
     assert float(router.threshold) == pytest.approx(0.6, abs=1e-6)
-    router.move_threshold(scores[:0])  # nobody came: nothing is learnt
+    router.after_step(scores[:0])  # nobody came: nothing is learnt
     assert float(router.threshold) == pytest.approx(0.6, abs=1e-6)
 
 
