@@ -109,7 +109,7 @@ MEMBERS = (
         f'num_recursions = {RECURSIONS}\nrouter = "expert_choice"',
         4e-3,
     ),
-    Member("vanilla", "Vanilla twin", "", 8e-3),
+    Member("vanilla", "Vanilla twin", "", 4e-3),
     Member("recursive", "Fixed-depth recursive", f"num_recursions = {RECURSIONS}", 4e-3),
     Member(
         "mor-random",

@@ -143,6 +143,7 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
         finally:
             checkpoints.close()
             metrics.close()
+    state["peak_bytes"] = peak_memory_bytes(device)  # of training, before the last evaluation
     return _finish(model, recipe, data, out, heldout, state, num_steps, flops_per_token, dtype)
 
 
@@ -220,7 +221,7 @@ def _finish(
         tokens=tokens,
         train_flops=tokens * flops_per_token,
         train_seconds=state["seconds"],
-        peak_bytes=peak_memory_bytes(model.device),
+        peak_bytes=state["peak_bytes"],
         val_loss=result.loss,
         bits_per_byte=bits_per_byte,
         mean_depth=result.mean_depth,
