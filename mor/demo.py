@@ -37,6 +37,7 @@ class Size:
 
     vocab_size: int
     limit_bytes: int
+    context: int
     flops: float
     eval_tokens: int
     decode_tokens: int
@@ -46,21 +47,22 @@ class Size:
 FULL = Size(
     vocab_size=2048,
     limit_bytes=20_000_000,
-    flops=3.0e12,
+    context=256,
+    flops=2.5e12,
     eval_tokens=65536,
     decode_tokens=96,
     decode_rounds=9,
 )
 QUICK = Size(
     vocab_size=1024,
-    limit_bytes=6_000_000,
-    flops=2.0e11,
-    eval_tokens=32768,
-    decode_tokens=32,
-    decode_rounds=3,
+    limit_bytes=3_000_000,
+    context=128,
+    flops=1.0e11,
+    eval_tokens=24576,
+    decode_tokens=16,
+    decode_rounds=2,
 )
 
-CONTEXT = 256
 RECURSIONS = 3
 RECIPE = """# {label}, trained by `mor demo`. Cost: {flops:.2g} FLOPs, forward and backward.
 [model]
@@ -105,15 +107,15 @@ MEMBERS = (
         "mor",
         "Mixture-of-Recursions",
         f'num_recursions = {RECURSIONS}\nrouter = "expert_choice"',
-        6e-3,
+        4e-3,
     ),
-    Member("vanilla", "Vanilla twin", "", 6e-3),
-    Member("recursive", "Fixed-depth recursive", f"num_recursions = {RECURSIONS}", 6e-3),
+    Member("vanilla", "Vanilla twin", "", 4e-3),
+    Member("recursive", "Fixed-depth recursive", f"num_recursions = {RECURSIONS}", 4e-3),
     Member(
         "mor-random",
         "MoR, random router",
         f'num_recursions = {RECURSIONS}\nrouter = "random"',
-        6e-3,
+        4e-3,
     ),
 )
 
@@ -173,7 +175,7 @@ def _train(member: Member, out: Path, data: PreparedData, size: Size, seed: int)
         model=member.model,
         flops=size.flops,
         eval_tokens=size.eval_tokens,
-        context=CONTEXT,
+        context=size.context,
         lr=member.lr,
         seed=seed,
     )

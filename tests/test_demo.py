@@ -34,6 +34,8 @@ def test_verdict_names_losses_with_their_sign():
     rows[0]["train_seconds"] = 60.0
     lines = "\n".join(verdict(rows))
     assert "random router: +0.1000 bits per byte, causal: MoR loses" in lines
+    rows[0]["bits_per_byte"] = 1.995
+    assert "-0.0050 bits per byte, causal: a tie" in "\n".join(verdict(rows))
     assert "training time: 1.20 of the vanilla twin's: MoR loses" in lines
     assert "generated tokens per second: 1.50 of the vanilla twin's: MoR wins" in lines
 

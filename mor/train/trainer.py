@@ -38,6 +38,8 @@ from mor.train.metrics import (
 from mor.train.optim import build_optimizer, clip_gradients, learning_rate
 from mor.train.state import Checkpoints
 
+EVAL_BATCH_TOKENS = 8192
+
 
 class Interrupted(Exception):
     """The user stopped a run; a checkpoint of the last whole step is on disk."""
@@ -76,7 +78,7 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
         seed=config.seed,
         eos_token_id=data.manifest.eos_token_id,
     )
-    heldout = heldout_batches(data, recipe)
+    heldout = held_batches(data, "heldout", recipe)
     _open_run(out, recipe, data, resume=resume)
 
     torch.manual_seed(config.seed)
@@ -141,6 +143,7 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
         finally:
             checkpoints.close()
             metrics.close()
+    state["peak_bytes"] = peak_memory_bytes(device)  # of training, before the last evaluation
     return _finish(model, recipe, data, out, heldout, state, num_steps, flops_per_token, dtype)
 
 
@@ -212,13 +215,7 @@ def _finish(
     """Set the thresholds, measure the validation text, write the model folder and the summary."""
     config = recipe.train
     calibration = set_thresholds(model, heldout, dtype=dtype)
-    batches = sequential_batches(
-        data.split("val"),
-        row_tokens=config.context,
-        batch_rows=config.micro_batch_rows,
-        eos_token_id=data.manifest.eos_token_id,
-        limit_rows=max(1, config.eval_tokens // config.context),
-    )
+    batches = held_batches(data, "val", recipe)
     result = measure_loss(model, batches, dtype=dtype)
     val = data.split("val")
     bits_per_byte = result.bits_per_byte(val.tokens / val.bytes)
@@ -229,7 +226,7 @@ def _finish(
         tokens=tokens,
         train_flops=tokens * flops_per_token,
         train_seconds=state["seconds"],
-        peak_bytes=peak_memory_bytes(model.device),
+        peak_bytes=state["peak_bytes"],
         val_loss=result.loss,
         bits_per_byte=bits_per_byte,
         mean_depth=result.mean_depth,
@@ -248,14 +245,14 @@ def _finish(
     return summary
 
 
-def heldout_batches(data: PreparedData, recipe: Recipe) -> list[Batch]:
-    """Return the held-out rows that thresholds and progress are measured on."""
+def held_batches(data: PreparedData, split: str, recipe: Recipe) -> list[Batch]:
+    """Return `eval_tokens` of a split that no step trains on, spread evenly over it."""
     config = recipe.train
     return list(
         sequential_batches(
-            data.split("heldout"),
+            data.split(split),
             row_tokens=config.context,
-            batch_rows=config.micro_batch_rows,
+            batch_rows=max(1, EVAL_BATCH_TOKENS // config.context),
             eos_token_id=data.manifest.eos_token_id,
             limit_rows=max(1, config.eval_tokens // config.context),
         )
