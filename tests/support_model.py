@@ -18,6 +18,18 @@ ROUTED = [
     ("random", "residual"),
     ("random", "none"),
 ]
+# Options of a router that change its numbers, each with a router that has them.
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("expert_choice", {"router_body": "mlp"}),
+    ("expert_choice", {"router_body": "wide_mlp", "router_bias": True}),
+    ("expert_choice", {"router_aux": "router", "router_body": "mlp"}),
+    ("expert_choice", {"router_aux": "router", "router_z_loss_coef": 0.3}),
+    ("expert_choice", {"capacity_warmup_steps": 4}),
+    ("expert_choice", {"sharing": "none"}),
+    ("threshold", {"router_bias": True, "router_z_loss_coef": 0.3}),
+    ("threshold", {"capacity_warmup_steps": 4, "sharing": "none"}),
+    ("random", {"router_body": "mlp", "sharing": "none"}),
+]
 KINDS = [*ROUTED, ("fixed", "none")]
 THRESHOLDED = ("expert_choice", "threshold")
 
@@ -35,6 +47,7 @@ def small_config(router="expert_choice", gating="weighted", **fields: Any) -> Mo
         "router": router,
         "gating": gating,
         "initializer_range": 0.3,
+        "router_aux_loss_coef": 1.0,
     }
     return ModelConfig(**{**values, **fields})
 

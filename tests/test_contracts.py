@@ -8,11 +8,12 @@ import itertools
 
 import pytest
 import torch
-from support_model import KINDS, ROUTED, THRESHOLDED, random_ids, small_model
+from support_model import KINDS, OPTIONS, ROUTED, THRESHOLDED, random_ids, small_model
 
 from mor.model.generate import GeneratedToken, Prefill, SamplingParams, generate
 
 T = 24
+ALL = [*KINDS, *OPTIONS]
 
 
 def causal(model, ids, **options):
@@ -33,6 +34,8 @@ def spread_thresholds(model, ids):
 
 
 def routed_model(router, gating, dtype=torch.float64, **fields):
+    if isinstance(gating, dict):
+        gating, fields = "weighted", gating
     model = spread_thresholds(small_model(router, gating, **fields).to(dtype), random_ids(4, T))
     if router != "fixed":
         depths = set(causal(model, random_ids(4, T)).depth.flatten().tolist())
@@ -41,7 +44,7 @@ def routed_model(router, gating, dtype=torch.float64, **fields):
 
 
 @pytest.mark.parametrize("implementation", ["fast", "reference"])
-@pytest.mark.parametrize(("router", "gating"), KINDS)
+@pytest.mark.parametrize(("router", "gating"), ALL)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_changing_the_future_moves_nothing(router, gating, implementation, dtype, tolerance):
     model = routed_model(router, gating, dtype)
@@ -69,7 +72,7 @@ def test_top_k_does_peek_at_the_future():
 
 
 @pytest.mark.parametrize("rule", ["causal", "train"])
-@pytest.mark.parametrize(("router", "gating"), KINDS)
+@pytest.mark.parametrize(("router", "gating"), ALL)
 def test_padding_and_neighbours_move_nothing(router, gating, rule):
     model = routed_model(router, gating)
     ids = random_ids(3, T)
@@ -90,7 +93,7 @@ def test_padding_and_neighbours_move_nothing(router, gating, rule):
     assert not together.depth[1, 9:].any()
 
 
-@pytest.mark.parametrize(("router", "gating"), KINDS)
+@pytest.mark.parametrize(("router", "gating"), ALL)
 def test_documents_packed_in_a_row_do_not_see_each_other(router, gating):
     model = routed_model(router, gating)
     ids = random_ids(1, T)
@@ -103,7 +106,7 @@ def test_documents_packed_in_a_row_do_not_see_each_other(router, gating):
     torch.testing.assert_close(packed.logits[0, 10:], changed.logits[0, 10:], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("router", "gating"), KINDS)
+@pytest.mark.parametrize(("router", "gating"), ALL)
 def test_cached_decoding_equals_teacher_forcing(router, gating):
     model = routed_model(router, gating)
     ids = random_ids(1, T)
@@ -120,7 +123,7 @@ def test_cached_decoding_equals_teacher_forcing(router, gating):
         torch.testing.assert_close(torch.cat(logits, 1), whole.logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("router", "gating"), KINDS)
+@pytest.mark.parametrize(("router", "gating"), ALL)
 def test_ragged_batches_with_a_cache_equal_each_sequence_alone(router, gating):
     """Sequences of unequal length, chunks of unequal size, some of them empty."""
     model = routed_model(router, gating)
@@ -157,7 +160,7 @@ def test_cache_holds_active_tokens_only(router, gating):
     assert cache.kv_bytes == tokens * a_token
 
 
-@pytest.mark.parametrize(("router", "gating"), KINDS)
+@pytest.mark.parametrize(("router", "gating"), ALL)
 def test_greedy_generation_equals_argmax_over_the_whole_sequence(router, gating):
     model = routed_model(router, gating)
     prompts = [random_ids(n, seed=n).tolist() for n in (1, 6, 11)]

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens (padded), N packed rows, D width.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +66,7 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
             gate_BT1 = router.gate(logit_BT)[..., None]
             if r > 0:
                 is_top_k = rule == "train" and config.router == "expert_choice"
-                by_BT = torch.sigmoid(logit_BT.detach()) if is_top_k else score_BT
+                by_BT = logit_BT.detach() if is_top_k else score_BT
                 active_BT = candidate_BT & _chosen(stack, r, by_BT, candidate_BT, rows, rule)
             if rule == "train":
                 loss = router.loss(
@@ -116,7 +117,7 @@ def _chosen(
     if rule == "causal" or config.router == "threshold":
         return score_BT > router.threshold
     # A token is among the k best when fewer than k candidates beat it; the earlier wins a tie.
-    score_BT = score_BT.masked_fill(~candidate_BT, -1.0)
+    score_BT = score_BT.masked_fill(~candidate_BT, -math.inf)
     better_BTT = score_BT[:, None, :] > score_BT[:, :, None]
     tie_BTT = (score_BT[:, None, :] == score_BT[:, :, None]).tril(-1)
     rank_BT = (better_BTT | tie_BTT).sum(-1)

@@ -120,7 +120,9 @@ class Router(nn.Module):
                 causal_N, member_N, reduction="sum"
             )
         if config.router_z_loss_coef:
-            loss = config.router_z_loss_coef * logit_N.square().sum() + (0 if loss is None else loss)
+            loss = config.router_z_loss_coef * logit_N.square().sum() + (
+                0 if loss is None else loss
+            )
         return None if loss is None else loss / self.capacity(self.recursion - 1)
 
     def _choose(
@@ -177,7 +179,9 @@ def make_body(config: ModelConfig) -> nn.Module:
     if config.router_body == "linear":
         return nn.Linear(d, 1, bias=bias)
     hidden = config.router_hidden_size
-    return nn.Sequential(nn.Linear(d, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, 1, bias=bias))
+    return nn.Sequential(
+        nn.Linear(d, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, 1, bias=bias)
+    )
 
 
 def join(x_AD: Tensor, block_AD: Tensor, gate_A1: Tensor | None, gating: str) -> Tensor:

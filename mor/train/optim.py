@@ -9,7 +9,6 @@ from torch import nn
 
 from mor.train.config import TrainConfig
 
-
 AUX_LR_SCALE = 10.0
 
 

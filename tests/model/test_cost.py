@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support_model import KINDS, random_ids, small_config, small_model
+from support_model import KINDS, OPTIONS, random_ids, small_config, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from mor.config import ModelConfig
@@ -23,6 +23,23 @@ def test_parameters_are_counted(router, gating, sharing, tied):
     assert counted.unique == sum(p.numel() for p in model.parameters())
     embedding = model.model.embed_tokens.weight.numel() * (1 if tied else 2)
     assert counted.nonembedding == counted.unique - embedding
+
+
+@pytest.mark.parametrize(("router", "options"), OPTIONS)
+def test_parameters_and_flops_of_routers_are_counted(router, options):
+    model = small_model(router, "weighted", **options)
+    assert cost.count_params(model.config).unique == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(random_ids(1, 6), rule="causal", implementation="reference")
+    expected = cost.forward_flops(
+        model.config,
+        tokens=6,
+        pairs=36,
+        active_tokens=[6] * 3,
+        active_pairs=[36] * 3,
+        head_tokens=6,
+    )
+    assert counter.get_total_flops() == expected
 
 
 @pytest.mark.parametrize(("router", "gating"), KINDS)

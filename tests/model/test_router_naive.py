@@ -140,3 +140,47 @@ def test_a_threshold_moves_towards_the_share_that_it_should_let_through():
 def _router_grads(model):
     grads = [model.model.router(r).body.weight.grad for r in range(3)]
     return [0.0 if grad is None else float(grad.abs().sum()) for grad in grads]
+
+
+def test_an_auxiliary_router_decides_at_inference_and_leaves_the_trunk_alone():
+    """It learns membership on detached states; the main router keeps the gate and the top-k."""
+    model = small_model(router_aux="router")
+    ids = random_ids(2, 12)
+    out = model(ids, labels=ids, rule="train")
+    out.router_loss_sum.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(grads) == {f"model.routers.{r}.aux_body.weight" for r in range(3)}
+    before = model(ids, rule="causal")
+    for r in range(3):
+        torch.nn.init.zeros_(model.get_parameter(f"model.routers.{r}.aux_body.weight"))
+        model.model.router(r).threshold.fill_(0.9)
+    assert set(model(ids, rule="causal").depth.flatten().tolist()) == {1}
+    assert before.depth.max() > 1
+
+
+def test_capacities_warm_up_on_half_a_cosine():
+    model = small_model(capacity_warmup_steps=4)
+    ids = random_ids(1, 12)
+    seen = []
+    for _ in range(6):
+        out = model(ids, rule="train")
+        seen.append([stats.num_active for stats in out.recursions])
+        for r in range(3):
+            model.model.router(r).after_step(out.recursions[r].score_N)
+
+    def count(share, step):
+        warm = share + (1 - share) * 0.5 * (1 + math.cos(math.pi * min(1, step / 4)))
+        return max(1, int(warm * 12 + 1e-9))
+
+    assert seen == [[12, count(2 / 3, s), count(1 / 3, s)] for s in range(6)]
+    assert seen[0] == [12, 12, 12]
+    assert seen[4] == seen[5] == [12, 8, 4]
+
+
+def test_z_loss_is_the_mean_squared_logit_over_recursions():
+    plain, with_z = small_model(), small_model(router_z_loss_coef=0.5)
+    ids = random_ids(1, 12)
+    a, b = plain(ids, rule="train"), with_z(ids, rule="train")
+    expected = sum(float(stats.score_N.logit().square().mean()) for stats in a.recursions)
+    gap = float((b.router_loss_sum - a.router_loss_sum).detach()) / 12
+    assert gap == pytest.approx(0.5 * expected, rel=1e-9)

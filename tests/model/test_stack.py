@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support_model import KINDS, random_ids, small_model
+from support_model import KINDS, OPTIONS, random_ids, small_model
 
 from mor.model.stack import run_layers
 
@@ -52,6 +52,18 @@ def test_fast_equals_reference_with_documents_and_ragged_rows(router, gating, ru
         {"segments": segments, "lengths": lengths},
     ):
         assert_same(model, ids, rule=rule, **options)
+
+
+@pytest.mark.parametrize("rule", ["train", "causal"])
+@pytest.mark.parametrize(("router", "options"), OPTIONS)
+def test_fast_equals_reference_with_every_option_of_a_router(router, options, rule):
+    model = small_model(router, "weighted", **options)
+    if model.config.capacity_warmup_steps:
+        for r in range(3):
+            model.model.router(r).steps_done.fill_(2)  # half-way
+    ids = random_ids(3, 20)
+    assert_same(model, ids, rule=rule)
+    assert_same(model, ids, rule=rule, lengths=torch.tensor([20, 7, 13]))
 
 
 @given(st.data())
