@@ -45,17 +45,27 @@ def with_model(recipe: Recipe, **fields: Any) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **fields))
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "random", "fixed"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"router_aux": "router", "capacity_warmup_steps": 9},
+        {"router": "threshold", "capacity_warmup_steps": 9},
+        {"router": "random"},
+        {"router": "fixed"},
+    ],
+    ids=["expert_choice", "aux_router", "threshold", "random", "fixed"],
+)
 def test_a_resumed_run_repeats_the_bits_of_one_that_never_stopped(
     tiny_data: Path,
     tiny_recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    router: str,
+    fields: dict[str, Any],
 ) -> None:
     recipe = load_recipe(tiny_recipe)
-    if router != "expert_choice":
-        recipe = with_model(recipe, router=router, gating="auto", capacity=())
+    if fields:
+        recipe = with_model(recipe, **{"gating": "auto", "capacity": (), **fields})
     data = PreparedData.open(tiny_data)
     train(recipe, data=data, out=tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -24,6 +24,7 @@ from mor.train.trainer import train
 ROUTINGS = [
     ("expert_choice", "weighted"),
     ("expert_choice", "residual"),
+    ("threshold", "weighted"),
     ("random", "weighted"),
     ("fixed", "none"),
 ]
