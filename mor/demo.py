@@ -20,7 +20,7 @@ import torch
 
 from mor.checkpoint import load_model
 from mor.data.config import PrepareConfig
-from mor.data.loader import PreparedData
+from mor.data.loader import PreparedData, sequential_batches
 from mor.data.prepare import prepare
 from mor.demo_page import print_table, report_page, verdict
 from mor.files import claim_folder, read_json, write_text
@@ -29,6 +29,8 @@ from mor.model.cost import count_params, kv_bytes_per_token
 from mor.model.generate import GeneratedToken, SamplingParams, generate
 from mor.model.mor import MoR
 from mor.report import require_report_extra
+from mor.train.heldout import measure_loss
+from mor.train.trainer import EVAL_BATCH_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ MEMBERS = (
 )
 
 DEPTH_TOLERANCE = 0.05
+NOBODY = 2.0
+"""A threshold above every score."""
 ACTIVE_BOUNDS = (0.05, 0.95)
 
 
@@ -139,6 +143,8 @@ def demo(
     speeds = _decode_speeds(models, data, size)
     for row in rows:
         row["decode_tokens_per_s"] = speeds[row["name"]]
+    if not quick:
+        rows[0]["bits_per_byte_up_to_depth"] = bits_up_to_depth(models["mor"], data, size)
     failure = check_depths(models["mor"], rows)
     seconds = time.monotonic() - start_s
     command = "mor " + shlex.join(argv)
@@ -209,6 +215,29 @@ def _train(member: Member, out: Path, data: PreparedData, size: Size, seed: int)
         "active_share": summary["active_share"],
         "num_recursions": model.config.num_recursions,
     }
+
+
+def bits_up_to_depth(model: MoR, data: PreparedData, size: Size) -> list[float]:
+    """Causal bits per byte when tokens may take at most 1, 2, .. R recursions.
+
+    What depth is worth to the model: with a weak gate it may be next to nothing.
+    """
+    val = data.split("val")
+    routers = [model.model.router(r) for r in range(1, model.config.num_recursions)]
+    trained = [float(router.threshold) for router in routers]
+    bits = []
+    for most in range(1, model.config.num_recursions + 1):
+        for recursion, (router, threshold) in enumerate(zip(routers, trained, strict=True), 2):
+            router.threshold.fill_(threshold if recursion <= most else NOBODY)
+        batches = sequential_batches(
+            val,
+            row_tokens=size.context,
+            batch_rows=EVAL_BATCH_TOKENS // size.context,
+            eos_token_id=data.manifest.eos_token_id,
+            limit_rows=size.eval_tokens // size.context,
+        )
+        bits.append(measure_loss(model, batches).bits_per_byte(val.tokens / val.bytes))
+    return bits
 
 
 def _decode_speeds(models: dict[str, MoR], data: PreparedData, size: Size) -> dict[str, float]:

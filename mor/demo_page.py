@@ -60,6 +60,12 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         if abs(gap) < NOISE:
             outcome = f"a tie, one seed moves it by {NOISE}"
         lines.append(f"MoR minus {label}: {gap:+.4f} bits per byte, causal: {outcome}")
+    bits = mor.get("bits_per_byte_up_to_depth")  # a quick run leaves it out
+    if bits:
+        lines.append(
+            f"what depth is worth: {', '.join(f'{b:.4f}' for b in bits)} bits per byte when tokens "
+            f"may take at most {', '.join(str(depth) for depth in range(1, len(bits) + 1))} recursions"
+        )
     vanilla = by_name["vanilla"]
     for label, key, less in (
         ("unique parameters", "params_unique", True),

@@ -23,6 +23,7 @@ def row(name, **fields):
         "decode_tokens_per_s": 100.0,
         "mean_depth": 2.0,
         "active_share": [1.0, 0.667, 0.333],
+        "bits_per_byte_up_to_depth": [2.3, 2.1, 2.0],
     }
     return {**values, **fields}
 
@@ -36,6 +37,7 @@ def test_verdict_names_losses_with_their_sign():
     assert "random router: +0.1000 bits per byte, causal: MoR loses" in lines
     rows[0]["bits_per_byte"] = 1.995
     assert "-0.0050 bits per byte, causal: a tie" in "\n".join(verdict(rows))
+    assert "what depth is worth: 2.3000, 2.1000, 2.0000 bits per byte" in lines
     assert "training time: 1.20 of the vanilla twin's: MoR loses" in lines
     assert "generated tokens per second: 1.50 of the vanilla twin's: MoR wins" in lines
 
