@@ -62,9 +62,10 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"MoR minus {label}: {gap:+.4f} bits per byte, causal: {outcome}")
     bits = mor.get("bits_per_byte_up_to_depth")  # a quick run leaves it out
     if bits:
+        depths = ", ".join(str(depth) for depth in range(1, len(bits) + 1))
         lines.append(
             f"what depth is worth: {', '.join(f'{b:.4f}' for b in bits)} bits per byte when tokens "
-            f"may take at most {', '.join(str(depth) for depth in range(1, len(bits) + 1))} recursions"
+            f"may take at most {depths} recursions"
         )
     vanilla = by_name["vanilla"]
     for label, key, less in (
