@@ -267,7 +267,7 @@ def _decode_speeds(models: dict[str, MoR], data: PreparedData, size: Size) -> di
 def verify_decode(name: str, model: MoR, prompt: list[int], params: SamplingParams) -> None:
     """Hold greedy cached decoding to one forward pass over the whole sequence.
 
-    Up to the first near tie: two logits, or a score and its threshold, closer than 1e-4.
+    Up to the first near tie of the two best logits, closer than 1e-4.
     """
     events = [e for e in generate(model, [prompt], params) if isinstance(e, GeneratedToken)]
     ids = prompt + [event.token for event in events]
