@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Sharing = Literal["cycle", "middle_cycle", "sequence", "middle_sequence", "none"]
-RouterKind = Literal["expert_choice", "threshold", "fixed", "random"]
+RouterKind = Literal["expert_choice", "token_choice", "threshold", "fixed", "random"]
 Gating = Literal["auto", "weighted", "additive", "residual", "none"]
 RouterBody = Literal["linear", "mlp", "wide_mlp"]
 RouterAux = Literal["loss", "router"]
-KVStrategy = Literal["per_recursion"]
+RouterScore = Literal["auto", "sigmoid", "softmax"]
+RouterBalance = Literal["loss", "bias"]
+KVStrategy = Literal["per_recursion", "shared", "hybrid"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +73,10 @@ class ModelConfig:
     """share of tokens active at each recursion; (R - r + 1) / R unless given"""
     gating: Gating = "auto"
     """how a recursion's result joins the stream; auto is none for fixed, weighted for the others"""
-    router_alpha: float = 0.1
-    """scale of the weighted gate"""
+    router_score: RouterScore = "auto"
+    """what turns logits into scores; auto is softmax for token choice, sigmoid for the others"""
+    router_alpha: float = 0
+    """scale of the weighted gate; 0 for 0.1, or 1 with softmax"""
     router_body: RouterBody = "linear"
     """what turns a state into a score; the MLPs have a hidden layer of 2 or 4 times the width"""
     router_bias: bool = False
@@ -86,10 +91,26 @@ class ModelConfig:
     """how far the threshold router moves towards its target share after a step"""
     router_aux_loss_coef: float = 0.001
     """weight of the loss that teaches scores to predict the top-k choice"""
+    router_balance: RouterBalance = "loss"
+    """what keeps token choice's depths evenly used: a loss, or a bias moved after each step"""
+    router_balance_loss_coef: float = 0.1
+    """weight of the balancing loss"""
+    router_balance_rate: float = 0.001
+    """how far the balancing bias moves after a step"""
     router_seed: int = 0
     """seed of the random router"""
     kv_strategy: KVStrategy = "per_recursion"
-    """which keys and values a recursion sees"""
+    """which keys and values a recursion sees: those made there, recursion 1's, or a mix"""
+    relax_norms: bool = False
+    """give the shared layers norm gains of their own at each recursion"""
+    recursion_encoding: bool = False
+    """multiply the block's result by a vector of the recursion's own"""
+    lora_rank: int = 0
+    """rank of what each recursion adds to the shared projections; 0 for none"""
+    lora_alpha: float = 0
+    """the addition counts lora_alpha / lora_rank; 0 for twice the rank"""
+    lora_targets: tuple[Projection, ...] = ("q_proj", "v_proj")
+    """projections that have such an addition"""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # frozen: resolve the defaults once, here
@@ -105,14 +126,21 @@ class ModelConfig:
         self._check_layers()
         if self.gating == "auto":
             set_(self, "gating", "none" if self.router == "fixed" else "weighted")
+        if self.router_score == "auto":
+            set_(self, "router_score", "softmax" if self.router == "token_choice" else "sigmoid")
+        if self.router_alpha == 0:
+            set_(self, "router_alpha", 1.0 if self.router_score == "softmax" else 0.1)
+        if self.lora_alpha == 0:
+            set_(self, "lora_alpha", 2.0 * self.lora_rank)
+        set_(self, "lora_targets", tuple(self.lora_targets))
         if not self.capacity:
-            r_max = self.num_recursions
-            routed = self.router != "fixed"
-            shares = [(r_max - r) / r_max if routed else 1.0 for r in range(r_max)]
-            set_(self, "capacity", tuple(shares))
+            everyone = (1.0,) * self.num_recursions
+            set_(self, "capacity", self._even_capacity if self.has_router else everyone)
         else:
             set_(self, "capacity", tuple(float(c) for c in self.capacity))
         self._check_routing()
+        self._check_coefficients()
+        self._check_recursions_apart()
 
     def _check_sizes(self) -> None:
         for name in (
@@ -157,6 +185,8 @@ class ModelConfig:
             ("gating", Gating),
             ("router_body", RouterBody),
             ("router_aux", RouterAux),
+            ("router_score", RouterScore),
+            ("router_balance", RouterBalance),
             ("kv_strategy", KVStrategy),
         ):
             check_choice(name, getattr(self, name), typing.get_args(kind))
@@ -205,33 +235,104 @@ class ModelConfig:
                 f"sharing {self.sharing} serves the router fixed; the router {self.router} needs "
                 "cycle, middle_cycle or none",
             )
+            has_gate = self.gating in ("weighted", "residual")
             _require(
-                self.router != "threshold" or self.gating in ("weighted", "residual"),
+                self.router != "threshold" or has_gate,
                 f"the router threshold learns through its gate, gating {self.gating} has none; use "
                 "weighted or residual",
             )
+            _require(
+                self.router != "token_choice" or has_gate or self.router_balance == "loss",
+                f"the router token_choice would learn nothing: gating {self.gating} has no gate "
+                "and router_balance bias no loss; use weighted or residual",
+            )
+        shares = [
+            (self.num_recursions - r) / self.num_recursions for r in range(len(self.capacity))
+        ]
         _require(
-            0 < self.router_threshold_rate <= 1,
-            f"router_threshold_rate is {self.router_threshold_rate}; give a number in (0, 1]",
+            self.router != "token_choice" or math.dist(self.capacity, shares) < 1e-6,
+            f"capacity {list(self.capacity)} is not for the router token_choice, which uses all "
+            "depths evenly; leave it out",
+        )
+        _require(
+            self.router_score == "sigmoid" or self.router == "token_choice",
+            f"router_score softmax serves the router token_choice, not {self.router}; use sigmoid",
         )
         _require(
             self.router_aux == "loss" or self.router == "expert_choice",
             f"router_aux router serves the router expert_choice, not {self.router}; use loss",
         )
         _require(
+            self.router_balance == "loss" or self.router == "token_choice",
+            f"router_balance bias serves the router token_choice, not {self.router}; use loss",
+        )
+        _require(
             self.capacity_warmup_steps == 0 or self.router in ("expert_choice", "threshold"),
             f"capacity_warmup_steps serves expert_choice and threshold, not {self.router}; use 0",
         )
+
+    def _check_coefficients(self) -> None:
         _require(
             0 <= self.capacity_warmup_steps < 2**31,
             f"capacity_warmup_steps is {self.capacity_warmup_steps}; give 0 or more",
         )
-        for name in ("router_alpha", "router_aux_loss_coef", "router_z_loss_coef"):
+        for name in ("router_threshold_rate", "router_balance_rate"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"{name} is {value}; give a number in (0, 1]")
+        for name in (
+            "router_alpha",
+            "router_aux_loss_coef",
+            "router_balance_loss_coef",
+            "router_z_loss_coef",
+            "lora_alpha",
+        ):
             value = getattr(self, name)
             _require(
                 math.isfinite(value) and value >= 0,
                 f"{name} is {value}; give a number of 0 or more",
             )
+
+    def _check_recursions_apart(self) -> None:
+        """Hold what differs between the recursions of shared layers to layers that are shared."""
+        _require(
+            0 <= self.lora_rank < 2**31, f"lora_rank is {self.lora_rank}; give 0 (off) or more"
+        )
+        for target in self.lora_targets:
+            check_choice("lora_targets", target, typing.get_args(Projection))
+        _require(
+            len(set(self.lora_targets)) == len(self.lora_targets) > 0,
+            f"lora_targets is {list(self.lora_targets)}; name each projection once, at least one",
+        )
+        is_shared = self.num_recursions > 1 and self.sharing in ("cycle", "middle_cycle")
+        for name, is_on in (
+            (f"kv_strategy {self.kv_strategy}", self.kv_strategy != "per_recursion"),
+            ("relax_norms", self.relax_norms),
+            ("recursion_encoding", self.recursion_encoding),
+            (f"lora_rank {self.lora_rank}", self.lora_rank > 0),
+        ):
+            _require(
+                is_shared or not is_on,
+                f"{name} needs a block that is shared by 2 recursions or more; sharing is "
+                f"{self.sharing} and num_recursions {self.num_recursions}",
+            )
+        _require(
+            self.kv_strategy != "hybrid" or self.router != "fixed",
+            "kv_strategy hybrid equals per_recursion with the router fixed; use per_recursion",
+        )
+        _require(
+            self.kv_strategy != "shared"
+            or self.lora_rank == 0
+            or not {"k_proj", "v_proj"} & set(self.lora_targets),
+            f"lora_targets is {list(self.lora_targets)}, but kv_strategy shared makes keys and "
+            "values at recursion 1 only; leave k_proj and v_proj out",
+        )
+
+    @property
+    def _even_capacity(self) -> tuple[float, ...]:
+        """As many tokens of each depth."""
+        return tuple(
+            (self.num_recursions - r) / self.num_recursions for r in range(self.num_recursions)
+        )
 
     @property
     def num_own_layers(self) -> int:
@@ -275,6 +376,18 @@ class ModelConfig:
         return self.router != "fixed"
 
     @property
+    def num_routers(self) -> int:
+        """One decision for all recursions, one at each, or none."""
+        if self.router == "token_choice":
+            return 1
+        return self.num_recursions if self.has_router else 0
+
+    @property
+    def router_outputs(self) -> int:
+        """Logits of a router."""
+        return self.num_recursions if self.router == "token_choice" else 1
+
+    @property
     def has_aux_router(self) -> bool:
         """A second router, on detached states, decides at inference."""
         return self.router == "expert_choice" and self.router_aux == "router"
@@ -297,12 +410,23 @@ class ModelConfig:
             router="fixed",
             gating="auto",
             capacity=(),
+            router_score="auto",
+            router_alpha=0,
+            router_aux="loss",
+            router_balance="loss",
+            capacity_warmup_steps=0,
+            kv_strategy="per_recursion",
+            relax_norms=False,
+            recursion_encoding=False,
+            lora_rank=0,
+            lora_alpha=0,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds."""
         fields = dataclasses.asdict(self)
-        fields["capacity"] = list(self.capacity)
+        for name in _TUPLES:
+            fields[name] = list(fields[name])
         return {"model_type": "mor", "format_version": FORMAT_VERSION, **fields}
 
     @classmethod
@@ -346,13 +470,15 @@ class ModelConfig:
 def _build(fields: dict[str, Any], where: str) -> ModelConfig:
     """Make a config of what a file holds; errors name the file."""
     try:
-        return ModelConfig(**fields | {"capacity": tuple(fields.get("capacity", ()))})
+        tuples: dict[str, Any] = {n: tuple(fields[n]) for n in _TUPLES if n in fields}
+        return ModelConfig(**fields | tuples)
     except TypeError as error:
         raise ValueError(f"{where}: a value has the wrong type ({error})") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
+_TUPLES = ("capacity", "lora_targets")
 _NOT_FIELDS = ("model_type", "format_version", "architectures", "dtype", "transformers_version")
 
 

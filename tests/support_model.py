@@ -14,10 +14,14 @@ ROUTED = [
     ("expert_choice", "none"),
     ("threshold", "weighted"),
     ("threshold", "residual"),
+    ("token_choice", "weighted"),
+    ("token_choice", "residual"),
+    ("token_choice", "additive"),
     ("random", "weighted"),
     ("random", "residual"),
     ("random", "none"),
 ]
+MOST_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Options of a router that change its numbers, each with a router that has them.
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("expert_choice", {"router_body": "mlp"}),
@@ -29,12 +33,26 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("threshold", {"router_bias": True, "router_z_loss_coef": 0.3}),
     ("threshold", {"capacity_warmup_steps": 4, "sharing": "none"}),
     ("random", {"router_body": "mlp", "sharing": "none"}),
+    ("token_choice", {"router_score": "sigmoid", "router_bias": True}),
+    ("token_choice", {"router_balance": "bias", "router_z_loss_coef": 0.3}),
+    ("token_choice", {"router_body": "mlp", "router_score": "sigmoid", "gating": "residual"}),
+    ("token_choice", {"sharing": "none", "gating": "none"}),
+    ("token_choice", {"kv_strategy": "shared"}),
+    ("expert_choice", {"kv_strategy": "shared", "gating": "residual"}),
+    ("expert_choice", {"kv_strategy": "hybrid"}),
+    ("threshold", {"kv_strategy": "shared"}),
+    ("threshold", {"kv_strategy": "hybrid", "relax_norms": True}),
+    ("random", {"kv_strategy": "hybrid", "gating": "none"}),
+    ("expert_choice", {"relax_norms": True, "recursion_encoding": True, "lora_rank": 2}),
+    ("token_choice", {"kv_strategy": "shared", "lora_rank": 3, "lora_targets": MOST_TARGETS}),
+    ("fixed", {"kv_strategy": "shared", "relax_norms": True}),
+    ("fixed", {"lora_rank": 2, "recursion_encoding": True}),
 ]
 KINDS = [*ROUTED, ("fixed", "none")]
 THRESHOLDED = ("expert_choice", "threshold")
 
 
-def small_config(router="expert_choice", gating="weighted", **fields: Any) -> ModelConfig:
+def small_config(router="expert_choice", gating="auto", **fields: Any) -> ModelConfig:
     values: dict[str, Any] = {
         "vocab_size": 61,
         "hidden_size": 24,
@@ -52,10 +70,14 @@ def small_config(router="expert_choice", gating="weighted", **fields: Any) -> Mo
     return ModelConfig(**{**values, **fields})
 
 
-def small_model(router="expert_choice", gating="weighted", seed=0, **fields: Any) -> MoR:
+def small_model(router="expert_choice", gating="auto", seed=0, **fields: Any) -> MoR:
     """A model in float64 with weights large enough that routing and attention matter."""
     torch.manual_seed(seed)
-    return MoR(small_config(router, gating, **fields)).double()
+    model = MoR(small_config(router, gating, **fields)).double()
+    for name, param in model.named_parameters():  # what starts at 0 or 1 would hide mistakes
+        if "norm" in name or "recursion_" in name:
+            torch.nn.init.normal_(param, mean=0.0 if "recursion_B" in name else 1.0, std=0.3)
+    return model
 
 
 def random_ids(*shape, seed=0, vocab=61):

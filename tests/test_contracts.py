@@ -34,9 +34,8 @@ def spread_thresholds(model, ids):
 
 
 def routed_model(router, gating, dtype=torch.float64, **fields):
-    if isinstance(gating, dict):
-        gating, fields = "weighted", gating
-    model = spread_thresholds(small_model(router, gating, **fields).to(dtype), random_ids(4, T))
+    fields = fields | (gating if isinstance(gating, dict) else {"gating": gating})
+    model = spread_thresholds(small_model(router, **fields).to(dtype), random_ids(4, T))
     if router != "fixed":
         depths = set(causal(model, random_ids(4, T)).depth.flatten().tolist())
         assert depths == {1, 2, 3}, "the test would prove nothing"
@@ -146,16 +145,20 @@ def test_ragged_batches_with_a_cache_equal_each_sequence_alone(router, gating):
         torch.testing.assert_close(torch.cat(logits[row]), alone.logits[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kv_strategy", ["per_recursion", "shared", "hybrid"])
 @pytest.mark.parametrize(("router", "gating"), ROUTED)
-def test_cache_holds_active_tokens_only(router, gating):
-    model = routed_model(router, gating)
+def test_cache_holds_active_tokens_only(router, gating, kv_strategy):
+    """And of recursion 1 only where its keys and values serve all."""
+    model = routed_model(router, gating, kv_strategy=kv_strategy)
     ids = random_ids(2, T)
     cache = model.new_cache(2)
     out = causal(model, ids, cache=cache)
     config = model.config
+    assert len(cache.block) == (1 if kv_strategy == "shared" else 3)
     for r, group in enumerate(cache.block, start=1):
         assert group.count_B.tolist() == (out.depth >= r).sum(1).tolist()
-    tokens = config.num_own_layers * 2 * T + config.num_block_layers * int(out.depth.sum())
+    in_block = int(out.depth.sum()) if kv_strategy != "shared" else 2 * T
+    tokens = config.num_own_layers * 2 * T + config.num_block_layers * in_block
     a_token = 2 * config.num_key_value_heads * config.head_dim * 8
     assert cache.kv_bytes == tokens * a_token
 

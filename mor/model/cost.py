@@ -32,28 +32,65 @@ def layer_params(config: ModelConfig) -> int:
 
 def count_params(config: ModelConfig) -> ParamCount:
     """Count parameters; the thresholds are buffers and not counted."""
-    d = config.hidden_size
+    d, R = config.hidden_size, config.num_recursions
     embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
-    rest = d + config.num_recursions * router_params(config)  # last norm and routers
+    rest = d + config.num_routers * router_params(config)  # last norm and routers
+    rest += R * d if config.recursion_encoding else 0
+    apart = recursion_layer_params(config)
+    # A layer's own gains take the place of its first ones.
+    gains = 2 * d if config.relax_norms else 0
     own = config.num_unique_layers * layer_params(config) + rest
+    own += config.num_block_layers * (R * apart - gains)
     unrolled = config.num_hidden_layers * layer_params(config) + rest
+    unrolled += config.num_block_layers * R * (apart - gains)
     return ParamCount(embedding + own, own, embedding + unrolled)
 
 
+def recursion_layer_params(config: ModelConfig) -> int:
+    """Weights of one shared layer that one recursion has for itself: norm gains and LoRA."""
+    gains = 2 * config.hidden_size if config.relax_norms else 0
+    return gains + _lora_params(config)
+
+
+def _lora_params(config: ModelConfig) -> int:
+    if not config.lora_rank:
+        return 0
+    sizes = _projection_sizes(config)
+    return config.lora_rank * sum(sum(sizes[target]) for target in config.lora_targets)
+
+
+def _projection_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a layer's projections."""
+    d, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (d, q),
+        "k_proj": (d, kv),
+        "v_proj": (d, kv),
+        "o_proj": (q, d),
+        "gate_proj": (d, inner),
+        "up_proj": (d, inner),
+        "down_proj": (inner, d),
+    }
+
+
 def router_params(config: ModelConfig) -> int:
-    """Weights of one recursion's router, and of the auxiliary one beside it."""
+    """Weights of one router, and of the auxiliary one beside it."""
     if not config.has_router:
         return 0
     return (_router_weights(config) + _router_biases(config)) * (2 if config.has_aux_router else 1)
 
 
 def _router_weights(config: ModelConfig) -> int:
-    hidden = config.router_hidden_size
-    return config.hidden_size * hidden + hidden if hidden else config.hidden_size
+    hidden, outputs = config.router_hidden_size, config.router_outputs
+    if hidden:
+        return hidden * (config.hidden_size + outputs)
+    return config.hidden_size * outputs
 
 
 def _router_biases(config: ModelConfig) -> int:
-    return config.router_hidden_size + 1 if config.router_bias else 0
+    return config.router_hidden_size + config.router_outputs if config.router_bias else 0
 
 
 def router_flops(config: ModelConfig) -> int:
@@ -62,8 +99,23 @@ def router_flops(config: ModelConfig) -> int:
 
 
 def linear_flops(config: ModelConfig) -> int:
-    """FLOPs of one layer's matrix products for one token."""
+    """FLOPs of one layer's matrix products for one token, LoRA left out."""
     return 2 * (layer_params(config) - 2 * config.hidden_size)
+
+
+def block_linear_flops(config: ModelConfig, recursion: int) -> int:
+    """FLOPs of a shared layer's matrix products for one token active at a recursion (from 0)."""
+    flops = linear_flops(config) + 2 * _lora_params(config)
+    return flops - (2 * _key_value_params(config) if _reads_first_keys(config, recursion) else 0)
+
+
+def _reads_first_keys(config: ModelConfig, recursion: int) -> bool:
+    """Tell whether a recursion makes no keys and values."""
+    return config.kv_strategy == "shared" and recursion > 0
+
+
+def _key_value_params(config: ModelConfig) -> int:
+    return 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
 
 
 def pair_flops(config: ModelConfig) -> int:
@@ -86,13 +138,14 @@ def forward_flops(
     active_tokens, active_pairs  the same at each recursion
     head_tokens                  rows whose logits are computed
     """
-    linear, pair = linear_flops(config), pair_flops(config)
-    flops = config.num_own_layers * (tokens * linear + pairs * pair)
+    pair = pair_flops(config)
+    flops = config.num_own_layers * (tokens * linear_flops(config) + pairs * pair)
     flops += head_tokens * 2 * config.hidden_size * config.vocab_size
     candidates = tokens
-    for active, attended in zip(active_tokens, active_pairs, strict=True):
-        if config.has_router:
+    for r, (active, attended) in enumerate(zip(active_tokens, active_pairs, strict=True)):
+        if r < config.num_routers:
             flops += candidates * router_flops(config)
+        linear = block_linear_flops(config, r)
         flops += config.num_block_layers * (active * linear + attended * pair)
         candidates = active
     return flops
@@ -106,13 +159,16 @@ def sequence_flops(
     active  share of tokens at each recursion; the capacities unless given
     """
     shares = config.capacity if active is None else active
-    counts = [share * length for share in shares]
+    sees_all = config.kv_strategy != "per_recursion"
+    pairs = _causal_pairs(length)
     return forward_flops(
         config,
         tokens=length,
-        pairs=_causal_pairs(length),
-        active_tokens=counts,
-        active_pairs=[_causal_pairs(count) for count in counts],
+        pairs=pairs,
+        active_tokens=[share * length for share in shares],
+        active_pairs=[
+            share * pairs if sees_all else _causal_pairs(share * length) for share in shares
+        ],
         head_tokens=length if head else 0,
     )
 
@@ -131,12 +187,13 @@ def decode_flops_per_token(
 ) -> float:
     """FLOPs to decode one token after `context` tokens, at the given shares."""
     shares = config.capacity if active is None else active
+    sees_all = config.kv_strategy != "per_recursion"
     return forward_flops(
         config,
         tokens=1,
         pairs=context + 1,
         active_tokens=shares,
-        active_pairs=[share * (share * context + 1) for share in shares],
+        active_pairs=[share * ((1 if sees_all else share) * context + 1) for share in shares],
         head_tokens=1,
     )
 
@@ -146,15 +203,17 @@ def generation_flops(
 ) -> float:
     """FLOPs to run tokens of these depths one after the other, attended keys counted exactly.
 
-    A token of depth r is active at recursions 1..r and sees the earlier ones active there.
+    A token of depth r is active at recursions 1..r and sees the earlier ones active there, or all
+    earlier ones where keys of recursion 1 serve.
     head_tokens  tokens whose logits are computed; all unless given
     """
     active_tokens = [0.0] * config.num_recursions
     active_pairs = [0.0] * config.num_recursions
-    for depth in depths:
+    sees_all = config.kv_strategy != "per_recursion"
+    for seen, depth in enumerate(depths, 1):
         for r in range(depth):
             active_tokens[r] += 1
-            active_pairs[r] += active_tokens[r]
+            active_pairs[r] += seen if sees_all else active_tokens[r]
     return forward_flops(
         config,
         tokens=len(depths),
@@ -171,7 +230,8 @@ def kv_bytes_per_token(
     """Bytes of keys and values that a token leaves behind on average."""
     shares = config.capacity if active is None else active
     a_layer = 2 * config.num_key_value_heads * config.head_dim * element_bytes
-    return a_layer * (config.num_own_layers + config.num_block_layers * sum(shares))
+    kept = shares[0] if config.kv_strategy == "shared" else sum(shares)
+    return a_layer * (config.num_own_layers + config.num_block_layers * kept)
 
 
 def weight_bytes_per_step(
@@ -180,10 +240,15 @@ def weight_bytes_per_step(
     """Bytes of weights read to decode one token alone: the block once per recursion it takes."""
     shares = config.capacity if active is None else active
     layers = config.num_own_layers + config.num_block_layers * sum(shares)
+    weights = layers * layer_params(config)
+    weights += config.num_block_layers * sum(shares) * _lora_params(config)
+    if config.kv_strategy == "shared":
+        weights -= config.num_block_layers * sum(shares[1:]) * _key_value_params(config)
+    if config.recursion_encoding:
+        weights += sum(shares) * config.hidden_size
     head = config.vocab_size * config.hidden_size
-    routers = router_params(config) * sum((1.0, *shares)[: config.num_recursions])
-    rest = config.hidden_size + routers
-    return element_bytes * (layers * layer_params(config) + head + rest)
+    routers = router_params(config) * sum((1.0, *shares)[: config.num_routers])
+    return element_bytes * (weights + head + config.hidden_size + routers)
 
 
 def saved_floats_per_token(config: ModelConfig) -> float:

@@ -1,11 +1,15 @@
 """Llama's layer in plain torch.nn, with transformers' weight names.
 
-Shapes: N rows (any leading shape works), D width, H query heads, G key heads, K head size.
+A shared layer may keep norm gains and low-rank additions for each recursion; `recursion` (from 0)
+says which. Shapes: N rows (any leading shape works), D width, H query heads, G key heads,
+K head size, R recursions.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,8 +18,15 @@ from torch.nn import functional as F
 
 from mor.config import ModelConfig
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_NHK, k_NGK, v_NGK) -> out_NHK: attention among the rows that a view decides."""
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """Attention of a layer's rows to what a view lets them see."""
+
+    run: Callable[..., Tensor]
+    """(q_NHK, k_NGK, v_NGK) -> out_NHK"""
+    takes_keys: bool = True
+    """False where recursion 1's keys and values serve: then none are made, and run gets None"""
 
 
 class Rotary(NamedTuple):
@@ -45,61 +56,102 @@ def rotate(x_NHK: Tensor, rotary: Rotary) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a gain."""
+    """Root-mean-square norm with a gain, or with one for each recursion, (R, D)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, recursions: int = 0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(recursions, size) if recursions else torch.ones(size))
         self.eps = eps
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return F.rms_norm(x_ND, self.weight.shape, self.weight.to(x_ND.dtype), self.eps)
+    def forward(self, x_ND: Tensor, recursion: int = 0) -> Tensor:
+        gain_D = self.weight if self.weight.dim() == 1 else self.weight[recursion]
+        return F.rms_norm(x_ND, gain_D.shape, gain_D.to(x_ND.dtype), self.eps)
+
+
+class Projection(nn.Linear):
+    """Linear map without bias, plus a low-rank addition of each recursion's own.
+
+    x W^T + alpha / rank x A_r^T B_r^T; B starts at zero. Source: LoRA, arXiv 2106.09685, one per
+    recursion as in Relaxed Recursive Transformers, arXiv 2410.20672.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rank: int = 0, recursions: int = 0) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.recursion_A = nn.Parameter(torch.empty(recursions, rank, inputs)) if rank else None
+        self.recursion_B = nn.Parameter(torch.empty(recursions, outputs, rank)) if rank else None
+        self.scale = 0.0
+
+    def forward(self, x_ND: Tensor, recursion: int = 0) -> Tensor:  # pyrefly: ignore
+        y = F.linear(x_ND, self.weight)
+        if self.recursion_A is None or self.recursion_B is None:
+            return y
+        low = F.linear(x_ND, self.recursion_A[recursion])
+        return y + self.scale * F.linear(low, self.recursion_B[recursion])
 
 
 class Attention(nn.Module):
     """Projections of grouped-query attention; who sees whom is the caller's."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, is_shared: bool) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        d, self.head_dim = config.hidden_size, config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        make = functools.partial(_projection, config, is_shared)
+        self.q_proj = make("q_proj", d, q_size)
+        self.k_proj = make("k_proj", d, kv_size)
+        self.v_proj = make("v_proj", d, kv_size)
+        self.o_proj = make("o_proj", q_size, d)
 
-    def forward(self, x_ND: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    def forward(self, x_ND: Tensor, rotary: Rotary, attend: Attend, recursion: int) -> Tensor:
         heads = (-1, self.head_dim)
-        q_NHK = rotate(self.q_proj(x_ND).unflatten(-1, heads), rotary)
-        k_NGK = rotate(self.k_proj(x_ND).unflatten(-1, heads), rotary)
-        v_NGK = self.v_proj(x_ND).unflatten(-1, heads)
-        return self.o_proj(attend(q_NHK, k_NGK, v_NGK).flatten(-2))
+        q_NHK = rotate(self.q_proj(x_ND, recursion).unflatten(-1, heads), rotary)
+        k_NGK = v_NGK = None
+        if attend.takes_keys:
+            k_NGK = rotate(self.k_proj(x_ND, recursion).unflatten(-1, heads), rotary)
+            v_NGK = self.v_proj(x_ND, recursion).unflatten(-1, heads)
+        return self.o_proj(attend.run(q_NHK, k_NGK, v_NGK).flatten(-2), recursion)
 
 
 class MLP(nn.Module):
     """Gated feed-forward layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, is_shared: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        d, inner = config.hidden_size, config.intermediate_size
+        make = functools.partial(_projection, config, is_shared)
+        self.gate_proj = make("gate_proj", d, inner)
+        self.up_proj = make("up_proj", d, inner)
+        self.down_proj = make("down_proj", inner, d)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+    def forward(self, x_ND: Tensor, recursion: int) -> Tensor:
+        gated = F.silu(self.gate_proj(x_ND, recursion)) * self.up_proj(x_ND, recursion)
+        return self.down_proj(gated, recursion)
 
 
 class Layer(nn.Module):
     """Pre-norm attention and feed-forward, each added to the stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, is_shared: bool) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        d, eps = config.hidden_size, config.rms_norm_eps
+        gains = config.num_recursions if config.relax_norms and is_shared else 0
+        self.input_layernorm = RMSNorm(d, eps, recursions=gains)
+        self.self_attn = Attention(config, is_shared=is_shared)
+        self.post_attention_layernorm = RMSNorm(d, eps, recursions=gains)
+        self.mlp = MLP(config, is_shared=is_shared)
 
-    def forward(self, x_ND: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), rotary, attend)
-        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
+    def forward(self, x_ND: Tensor, rotary: Rotary, attend: Attend, recursion: int = 0) -> Tensor:
+        normed_ND = self.input_layernorm(x_ND, recursion)
+        x_ND = x_ND + self.self_attn(normed_ND, rotary, attend, recursion)
+        return x_ND + self.mlp(self.post_attention_layernorm(x_ND, recursion), recursion)
+
+
+def _projection(
+    config: ModelConfig, is_shared: bool, name: str, inputs: int, outputs: int
+) -> Projection:
+    rank = config.lora_rank if is_shared and name in config.lora_targets else 0
+    projection = Projection(inputs, outputs, rank=rank, recursions=config.num_recursions)
+    if rank:
+        projection.scale = config.lora_alpha / rank
+    return projection

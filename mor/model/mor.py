@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, N packed rows, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mor.config import ModelConfig
 from mor.model.cache import KVCache
+from mor.model.layers import Projection
 from mor.model.reference import reference_stack
 from mor.model.router import Rule
 from mor.model.rows import Rows
@@ -59,6 +60,10 @@ class MoR(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if isinstance(module, Projection) and module.recursion_A is not None:
+            bound = module.in_features**-0.5
+            nn.init.uniform_(module.recursion_A, -bound, bound)
+            nn.init.zeros_(cast(nn.Parameter, module.recursion_B))
 
     @property
     def head_weight_VD(self) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens (padded), N packed rows, D width.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from mor.model.layers import Attend, rotary_angles
 from mor.model.router import Rule, join
 from mor.model.rows import Rows
+from mor.model.token_router import TokenRouter
 from mor.ops.attention import attention_reference
 from mor.ops.select import hash_uniform, top_k_count
 
@@ -40,25 +41,47 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
     )
     same_BTT = (segment_BT[:, :, None] == segment_BT[:, None, :]).tril()
 
+    diagonal_TT = torch.eye(x_BTD.shape[1], dtype=torch.bool, device=x_ND.device)
+    first_keys: dict[int, tuple[Tensor, Tensor]] = {}
+
     def attend_among(member_BT: Tensor) -> Attend:
-        diagonal_TT = torch.eye(member_BT.shape[1], dtype=torch.bool, device=x_ND.device)
         visible_BTT = same_BTT & member_BT[:, None, :] | diagonal_TT
+        return Attend(lambda q, k, v: attention_reference(q, k, v, visible_BQS=visible_BTT))
 
-        def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-            return attention_reference(q_BTHK, k_BTGK, v_BTGK, visible_BQS=visible_BTT)
+    def attend_in_block(index: int, r: int, active_BT: Tensor) -> Attend:
+        """Let a layer of recursion r see what the strategy of keys and values says."""
+        if config.kv_strategy == "per_recursion":
+            return attend_among(active_BT)
+        among_all = attend_among(real_BT)
 
-        return attend
+        def run(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+            if r == 0:
+                first_keys[index] = k_BTGK, v_BTGK
+            first_k, first_v = first_keys[index]
+            own_BT11 = active_BT[..., None, None] & (config.kv_strategy == "hybrid")
+            k_BTGK = torch.where(own_BT11, k_BTGK, first_k)
+            v_BTGK = torch.where(own_BT11, v_BTGK, first_v)
+            return among_all.run(q_BTHK, k_BTGK, v_BTGK)
+
+        return Attend(run)
 
     for layer in stack.prelude:
         x_BTD = layer(x_BTD, rotary, attend_among(real_BT))
 
+    start_BTD, token_gate_BT1, token_depth_BT = x_BTD, None, None
     active_BT = real_BT
     depth_BT = torch.zeros_like(segment_BT)
     router_loss: Tensor | None = None
+    if config.router == "token_choice":
+        token_depth_BT, token_gate_BT1, router_loss = _token_choice(stack, x_BTD, real_BT, rule)
     stats = []
     for r in range(config.num_recursions):
         gate_BT1, score_N, score_BT, candidate_BT = None, x_ND.new_empty(0), None, active_BT
-        if config.has_router:
+        passing = x_ND.new_empty(0)
+        if token_depth_BT is not None:
+            active_BT = candidate_BT & (token_depth_BT > r)
+            passing = active_BT.sum()
+        elif config.has_router:
             router = stack.router(r)
             logit_BT, causal_BT = router.logits(x_BTD)
             score_BT = torch.sigmoid(causal_BT.detach())
@@ -76,23 +99,54 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
                 )
                 if loss is not None:
                     router_loss = loss + (0 if router_loss is None else router_loss)
-        passing = x_ND.new_empty(0)
-        if score_BT is not None:
             passes_BT = _chosen(stack, r, score_BT, candidate_BT, rows, "causal")
             passing = (candidate_BT & passes_BT).sum()
         stats.append(
             RecursionStats(int(candidate_BT.sum()), int(active_BT.sum()), passing, score_N)
         )
         block_BTD = x_BTD
-        for layer in stack.block(r):
-            block_BTD = layer(block_BTD, rotary, attend_among(active_BT))
-        joined_BTD = join(x_BTD, block_BTD, gate_BT1, config.gating)
+        for index, layer in enumerate(stack.block(r)):
+            block_BTD = layer(block_BTD, rotary, attend_in_block(index, r, active_BT), r)
+        if stack.recursion_encoding is not None:
+            block_BTD = block_BTD * stack.recursion_encoding[r]
+        gating = "none" if token_depth_BT is not None else config.gating
+        joined_BTD = join(x_BTD, block_BTD, gate_BT1, gating)
         x_BTD = torch.where(active_BT[..., None], joined_BTD, x_BTD)
         depth_BT = depth_BT + active_BT
+    if token_gate_BT1 is not None:
+        x_BTD = join(start_BTD, x_BTD, token_gate_BT1, config.gating)
 
     for layer in stack.coda:
         x_BTD = layer(x_BTD, rotary, attend_among(real_BT))
     return StackOutput(stack.norm(x_BTD)[real_BT], depth_BT[real_BT], router_loss, stats)
+
+
+def _token_choice(
+    stack: Stack, x_BTD: Tensor, real_BT: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return every token's depth and gate, and the weighted losses in training."""
+    config, router = stack.config, cast(TokenRouter, stack.routers[0])
+    logit_BTR, score_BTR = router.scores(x_BTD)
+    biased_BTR = score_BTR + (router.balance if config.router_balance == "bias" else 0)
+    choice_BT = biased_BTR.argmax(-1)
+    picked_BT1 = score_BTR.gather(-1, choice_BT[..., None])
+    factor = config.router_alpha
+    if config.gating == "residual":
+        factor = config.num_recursions if config.router_score == "softmax" else 2
+    loss = None
+    if rule == "train" and config.router_balance == "loss":
+        loss = torch.zeros((), dtype=x_BTD.dtype, device=x_BTD.device)
+        for real_T, choice_T, score_TR in zip(real_BT, choice_BT, score_BTR, strict=True):
+            tokens = real_T.sum()
+            for depth in range(config.num_recursions if tokens else 0):
+                share = (choice_T[real_T] == depth).to(score_TR.dtype).mean()
+                mean_score = score_TR[real_T][:, depth].mean()
+                balance = config.num_recursions * share * mean_score
+                loss = loss + balance * tokens * config.router_balance_loss_coef
+    if rule == "train" and config.router_z_loss_coef:
+        z_loss = config.router_z_loss_coef * logit_BTR[real_BT].logsumexp(-1).square().sum()
+        loss = z_loss if loss is None else loss + z_loss
+    return choice_BT + 1, factor * picked_BT1, loss
 
 
 def _chosen(

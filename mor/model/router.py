@@ -29,15 +29,29 @@ class Routing(NamedTuple):
     """rows that are active, ascending; None when all candidates are"""
     equal_count: int | None
     """active rows of every sequence, when that is known without asking the device"""
-    gate_A1: Tensor
-    """factor on what the recursion contributes, fp32 or wider"""
+    gate_A1: Tensor | None
+    """factor on what the recursion contributes, fp32 or wider; None where that comes later"""
     score_N: Tensor
     """detached sigmoid scores of the candidates"""
     loss: Tensor | None
     """weighted losses of the candidates, summed, over c_(r-1); None without any"""
+    num_passing: Tensor
+    """candidates that the causal rule lets through"""
 
 
-class Router(nn.Module):
+class WideModule(nn.Module):
+    """A module whose numbers decide: it moves as others do, but never goes below fp32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if is_narrow else moved
+
+        return super()._apply(keep_wide, recurse)
+
+
+class Router(WideModule):
     """The router of one recursion (numbered from 0): a score, a gate and a threshold.
 
     Source: expert choice, arXiv 2507.10524 Eq. 2.1 and its auxiliary losses.
@@ -53,16 +67,6 @@ class Router(nn.Module):
             self.register_buffer("steps_done", torch.tensor(0))
         self.config = config
         self.recursion = recursion
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move as other modules do, but never go below fp32: scores decide."""
-
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            is_narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return tensor.to(moved.device, torch.float32) if is_narrow else moved
-
-        return super()._apply(keep_wide, recurse)
 
     def capacity(self, recursion: int) -> float:
         """Share of tokens that a recursion takes; falls from 1 while capacities warm up.
@@ -89,9 +93,8 @@ class Router(nn.Module):
 
     def gate(self, logit: Tensor) -> Tensor:
         """Turn logits into the factor that `join` applies."""
-        if self.config.gating == "residual":
-            return 2 * torch.sigmoid(logit)
-        return self.config.router_alpha * torch.sigmoid(logit)
+        factor = 2.0 if self.config.gating == "residual" else self.config.router_alpha
+        return factor * torch.sigmoid(logit)
 
     def forward(self, x_ND: Tensor, rows: Rows, *, rule: Rule) -> Routing:
         """Decide which of the candidate rows x_ND are active at this recursion."""
@@ -107,7 +110,8 @@ class Router(nn.Module):
             if index_A is not None:
                 member_N = torch.zeros_like(logit_N).index_fill(0, index_A, 1.0)
             loss = self.loss(logit_N, causal_N, member_N)
-        return Routing(index_A, equal_count, self.gate(active_logit)[:, None], score_N, loss)
+        gate_A1, passing = self.gate(active_logit)[:, None], self.passes(score_N, rows).sum()
+        return Routing(index_A, equal_count, gate_A1, score_N, loss, passing)
 
     def loss(self, logit_N: Tensor, causal_N: Tensor, member_N: Tensor) -> Tensor | None:
         """Sum the weighted losses of candidates, over c_(r-1); None where there are none.
@@ -174,13 +178,13 @@ class Router(nn.Module):
 
 
 def make_body(config: ModelConfig) -> nn.Module:
-    """Build what turns (N, D) states into (N, 1) logits."""
-    d, bias = config.hidden_size, config.router_bias
+    """Build what turns (N, D) states into (N, router_outputs) logits."""
+    d, bias, outputs = config.hidden_size, config.router_bias, config.router_outputs
     if config.router_body == "linear":
-        return nn.Linear(d, 1, bias=bias)
+        return nn.Linear(d, outputs, bias=bias)
     hidden = config.router_hidden_size
     return nn.Sequential(
-        nn.Linear(d, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, 1, bias=bias)
+        nn.Linear(d, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, outputs, bias=bias)
     )
 
 

@@ -9,23 +9,22 @@ Shapes: N packed rows, A active rows, D width, R recursions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mor.config import ModelConfig
-from mor.model.cache import KVCache, LocalView
-from mor.model.layers import Attend, Layer, RMSNorm, Rotary, rotary_angles
-from mor.model.router import Router, Rule, join
+from mor.model.cache import KVCache
+from mor.model.layers import Layer, RMSNorm, Rotary, rotary_angles
+from mor.model.router import Router, Routing, Rule, join
 from mor.model.rows import Rows
+from mor.model.token_router import TokenChoice, TokenRouter
+from mor.model.views import Keys, LocalKeys, View
 
-
-class View(Protocol):
-    """Gives every layer of a group its attention."""
-
-    def layer(self, index: int) -> Attend: ...
+Recompute = Literal["none", "recursion", "layer"]
 
 
 class RecursionStats(NamedTuple):
@@ -54,12 +53,27 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute: Recompute = "none"
+        """what is computed again in the backward pass instead of being kept for it"""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_unique_layers))
+        own = range(config.num_prelude_layers), range(config.num_coda_layers)
+        block = config.num_unique_layers - config.num_own_layers
+        self.layers = nn.ModuleList(
+            [
+                *(Layer(config, is_shared=False) for _ in own[0]),
+                *(Layer(config, is_shared=True) for _ in range(block)),
+                *(Layer(config, is_shared=False) for _ in own[1]),
+            ]
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.routers = nn.ModuleList(
-            Router(config, r) for r in range(config.num_recursions if config.has_router else 0)
+            TokenRouter(config) if config.router == "token_choice" else Router(config, r)
+            for r in range(config.num_routers)
         )
+        self.recursion_encoding = None
+        if config.recursion_encoding:
+            shape = (config.num_recursions, config.hidden_size)
+            self.recursion_encoding = nn.Parameter(torch.ones(shape))
 
     @property
     def prelude(self) -> list[Layer]:
@@ -92,67 +106,119 @@ class Stack(nn.Module):
         rule   train (top-k of whole sequences, no cache) or causal
         cache  keys and values of earlier tokens; this call adds those of its rows
         """
-        config = self.config
-        rotary = rotary_angles(rows.position_N, config, dtype=x_ND.dtype)
-        own = LocalView(rows) if cache is None else cache.own.append(rows)
-        x_ND = run_layers(self.prelude, x_ND, rotary, own)
-        x_ND, depth_N, router_loss, stats = self._recursions(
-            x_ND, rows, rotary, rule, cache, full_view=own if cache is None else None
-        )
-        x_ND = run_layers(self.coda, x_ND, rotary, own, first=config.num_prelude_layers)
-        if cache is not None:
-            cache.length_B = cache.length_B + rows.count_B
+        rotary = rotary_angles(rows.position_N, self.config, dtype=x_ND.dtype)
+        keys = LocalKeys(self.config, rows) if cache is None else cache.append(rows)
+        x_ND = self._run(self.prelude, x_ND, rotary, keys.own)
+        x_ND, depth_N, router_loss, stats = self._recursions(x_ND, rows, rotary, rule, keys)
+        x_ND = self._run(self.coda, x_ND, rotary, keys.own, first=self.config.num_prelude_layers)
         return StackOutput(self.norm(x_ND), depth_N, router_loss, stats)
 
     def _recursions(
-        self,
-        x_ND: Tensor,
-        rows: Rows,
-        rotary: Rotary,
-        rule: Rule,
-        cache: KVCache | None,
-        *,
-        full_view: View | None,
+        self, x_ND: Tensor, rows: Rows, rotary: Rotary, rule: Rule, keys: Keys
     ) -> tuple[Tensor, Tensor, Tensor | None, list[RecursionStats]]:
+        """Run every recursion on the rows that are active there."""
+        start_ND, choice, gating = x_ND, None, self.config.gating
+        if self.config.router == "token_choice":
+            choice = cast(TokenRouter, self.routers[0])(x_ND, rows, rule=rule)
+            gating = "none"  # inside; the result joins once, at the end
         depth_N = torch.zeros(len(rows), dtype=torch.int64, device=x_ND.device)
         origin_N = torch.arange(len(rows), device=x_ND.device)
-        router_loss: Tensor | None = None
+        router_loss = None if choice is None else choice.loss
         stats: list[RecursionStats] = []
         left: list[tuple[Tensor, Tensor]] = []  # rows of a recursion, and which of them went on
-        view = full_view
         for r in range(self.config.num_recursions):
-            gate_A1, num_candidates = None, len(rows)
+            num_candidates, gate_A1 = len(rows), None
             score_N = passing = x_ND.new_empty(0)
-            if self.config.has_router:
-                routing = self.router(r)(x_ND, rows, rule=rule)
-                score_N, gate_A1 = routing.score_N, routing.gate_A1
-                passing = self.router(r).passes(score_N, rows).sum()
+            routing = self._route(r, x_ND, rows, rule, choice, origin_N)
+            if routing is not None:
+                score_N, gate_A1, passing = routing.score_N, routing.gate_A1, routing.num_passing
                 if routing.loss is not None:
                     router_loss = routing.loss + (0 if router_loss is None else router_loss)
                 if routing.index_A is not None:
                     left.append((x_ND, routing.index_A))
                     x_ND, rotary = x_ND[routing.index_A], rotary.take(routing.index_A)
                     rows = rows.take(routing.index_A, equal_count=routing.equal_count)
-                    origin_N, view = origin_N[routing.index_A], None
+                    origin_N = origin_N[routing.index_A]
             stats.append(RecursionStats(num_candidates, len(rows), passing, score_N))
             if len(rows) == 0:
                 continue  # the next recursion has no candidates either
-            if cache is not None:
-                view = cache.block[r].append(rows)
-            elif view is None:
-                view = LocalView(rows)
-            block_AD = run_layers(self.block(r), x_ND, rotary, view)
-            x_ND = join(x_ND, block_AD, gate_A1, self.config.gating)
+            view = keys.recursion(r, rows, origin_N)
+            x_ND = join(x_ND, self._block(r, x_ND, rotary, view), gate_A1, gating)
             depth_N[origin_N] = r + 1
         for before_ND, index_A in reversed(left):
             x_ND = before_ND.index_copy(0, index_A, x_ND)
+        if choice is not None:
+            x_ND = join(start_ND, x_ND, choice.gate_N1, self.config.gating)
         return x_ND, depth_N, router_loss, stats
 
+    def _route(
+        self,
+        recursion: int,
+        x_ND: Tensor,
+        rows: Rows,
+        rule: Rule,
+        choice: TokenChoice | None,
+        origin_N: Tensor,
+    ) -> Routing | None:
+        """Ask who of the candidate rows goes on; None without a router."""
+        if choice is not None:
+            return choice.routing(recursion, rows, origin_N)
+        if not self.config.has_router:
+            return None
+        return self.router(recursion)(x_ND, rows, rule=rule)
 
-def run_layers(
-    layers: Sequence[Layer], x_ND: Tensor, rotary: Rotary, view: View, *, first: int = 0
-) -> Tensor:
-    """Apply layers in order; `first` is the place of the first among its group's keys."""
-    for index, layer in enumerate(layers):
-        x_ND = layer(x_ND, rotary, view.layer(first + index))
-    return x_ND
+    def _block(self, recursion: int, x_AD: Tensor, rotary: Rotary, view: View) -> Tensor:
+        """Apply a recursion's layers, and its encoding if there is one."""
+
+        def run(x_AD: Tensor) -> Tensor:
+            return self._run(self.block(recursion), x_AD, rotary, view, recursion=recursion)
+
+        x_AD = _recomputed(run, x_AD) if self.recompute == "recursion" else run(x_AD)
+        if self.recursion_encoding is not None:
+            x_AD = x_AD * self.recursion_encoding[recursion].to(x_AD.dtype)
+        return x_AD
+
+    def _run(
+        self,
+        layers: Sequence[Layer],
+        x_ND: Tensor,
+        rotary: Rotary,
+        view: View,
+        *,
+        first: int = 0,
+        recursion: int = 0,
+    ) -> Tensor:
+        """Apply layers in order; `first` is the place of the first among its group's keys."""
+        for index, layer in enumerate(layers):
+            attend = view.layer(first + index)
+            if self.recompute == "layer":
+                x_ND = _recomputed(layer, x_ND, rotary, attend, recursion)
+            else:
+                x_ND = layer(x_ND, rotary, attend, recursion)
+        return x_ND
+
+    @torch.no_grad()
+    def after_step(
+        self, micro_batches: Sequence[Sequence[RecursionStats]], *, is_first: bool = False
+    ) -> None:
+        """Move what routers move after an optimizer step: thresholds, balance, counters.
+
+        micro_batches  `MoROutput.recursions` of every micro-batch of the step
+        is_first       the run's first step
+        """
+        if self.config.router == "token_choice":
+            by_recursion = zip(*micro_batches, strict=True)
+            active = [sum(stats.num_active for stats in parts) for parts in by_recursion]
+            picks = [a - b for a, b in zip(active, [*active[1:], 0], strict=True)]
+            cast(TokenRouter, self.routers[0]).after_step(torch.tensor(picks))
+            return
+        for r in range(self.config.num_routers):
+            scores = [stats[r].score_N for stats in micro_batches]
+            self.router(r).after_step(torch.cat(scores), is_first=is_first)
+
+
+def _recomputed(run: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """Run without keeping what the backward pass needs; it runs again there."""
+    if not torch.is_grad_enabled():
+        return run(*inputs)
+    return cast(Tensor, checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False))

@@ -75,24 +75,34 @@ def set_thresholds(
     config = model.config
     if not config.has_router:
         return {}
-    has_thresholds = config.router in ("expert_choice", "threshold")
+    rules = {
+        "random": "a hash of seed, recursion, position and token against the capacities",
+        "token_choice": "a token takes the depth with the best score, balance added",
+    }
+    if config.router in rules:
+        reached = measure_loss(model, batches, dtype=dtype)
+        return {"rule": rules[config.router], **_reached(model, reached)}
     scores: list[Tensor] = []
-    # The pass for the last recursion tells the scores of all; a random router needs no other.
-    for r in range(1 if has_thresholds else config.num_recursions - 1, config.num_recursions):
+    for r in range(1, config.num_recursions):  # the pass for the last tells the scores of all
         scores, tokens = _scores(model, batches, dtype)
-        if has_thresholds:
-            kept = round(config.capacity[r] * tokens)
-            model.model.router(r).threshold.fill_(_threshold(scores[r], kept))
+        kept = round(config.capacity[r] * tokens)
+        model.model.router(r).threshold.fill_(_threshold(scores[r], kept))
     reached = measure_loss(model, batches, dtype=dtype)
     return {
         "rule": "a token goes on at recursion r if its score is above threshold r",
         "thresholds": [
             float(model.model.router(r).threshold) for r in range(config.num_recursions)
         ],
-        "capacity": list(config.capacity),
-        "active": list(reached.active),
-        "tokens": reached.tokens,
+        **_reached(model, reached),
         "score_quantiles": [_quantiles(score_N) for score_N in scores],
+    }
+
+
+def _reached(model: MoR, result: HeldoutResult) -> dict[str, Any]:
+    return {
+        "capacity": list(model.config.capacity),
+        "active": list(result.active),
+        "tokens": result.tokens,
     }
 
 

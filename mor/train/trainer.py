@@ -26,6 +26,7 @@ from mor.files import claim_folder, read_json, remove_leftovers, write_json
 from mor.log import logger, progress
 from mor.model.cost import count_params, training_flops_per_token
 from mor.model.mor import MoR
+from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
 from mor.train.config import Recipe, check_context, recipe_to_dict
 from mor.train.heldout import measure_loss, set_thresholds
@@ -166,7 +167,7 @@ def _step(
     tokens = config.batch_tokens
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     router_sum = torch.zeros_like(loss_sum)
-    scores: list[list[torch.Tensor]] = [[] for _ in range(recipe.model.num_recursions)]
+    routed: list[list[RecursionStats]] = []
     for start in range(0, config.batch_rows, config.micro_batch_rows):
         first = step * config.batch_rows + start
         batch = loader.batch(first, config.micro_batch_rows).to(device)
@@ -185,8 +186,7 @@ def _step(
         loss.backward()
         loss_sum += out.loss_sum.detach()
         meter.add(out)
-        for collected, stats in zip(scores, out.recursions, strict=True):
-            collected.append(stats.score_N)
+        routed.append(out.recursions)
     grad_norm = clip_gradients(model, config.grad_clip)
     losses = {
         "loss": float(loss_sum) / tokens,
@@ -195,8 +195,7 @@ def _step(
     }
     if all(map(math.isfinite, losses.values())):
         optimizer.step()
-        for r, collected in enumerate(scores if recipe.model.has_router else []):
-            model.model.router(r).after_step(torch.cat(collected), is_first=step == 0)
+        model.model.after_step(routed, is_first=step == 0)
     optimizer.zero_grad(set_to_none=True)
     return losses
 

@@ -1,5 +1,7 @@
 """The cost model counts what the model does: parameters, FLOPs, pairs, bytes."""
 
+import dataclasses
+
 import pytest
 import torch
 from support_model import KINDS, OPTIONS, random_ids, small_config, small_model
@@ -27,17 +29,43 @@ def test_parameters_are_counted(router, gating, sharing, tied):
 
 @pytest.mark.parametrize(("router", "options"), OPTIONS)
 def test_parameters_and_flops_of_routers_are_counted(router, options):
-    model = small_model(router, "weighted", **options)
+    model = small_model(router, **options)
     assert cost.count_params(model.config).unique == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter:
         model(random_ids(1, 6), rule="causal", implementation="reference")
+    # The reference makes keys and values at every recursion, also where it drops them.
+    config = model.config
+    if config.kv_strategy == "shared":
+        config = dataclasses.replace(config, kv_strategy="per_recursion")
     expected = cost.forward_flops(
-        model.config,
+        config,
         tokens=6,
         pairs=36,
         active_tokens=[6] * 3,
         active_pairs=[36] * 3,
         head_tokens=6,
+    )
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("rule", ["train", "causal"])
+@pytest.mark.parametrize(("router", "options"), [*((r, {"gating": g}) for r, g in KINDS), *OPTIONS])
+def test_the_fast_forward_spends_no_product_on_rows_that_left(router, options, rule):
+    """The counter sees every product but fused attention: exactly those of the active rows.
+
+    Shared keys and values are not made after recursion 1.
+    """
+    model = small_model(router, **options)
+    ids = random_ids(2, 12)
+    with FlopCounterMode(display=False) as counter:
+        out = model(ids, rule=rule)
+    expected = cost.forward_flops(
+        model.config,
+        tokens=24,
+        pairs=0,
+        active_tokens=[stats.num_active for stats in out.recursions],
+        active_pairs=[0] * 3,
+        head_tokens=24,
     )
     assert counter.get_total_flops() == expected
 
@@ -73,13 +101,19 @@ def test_training_is_three_times_the_forward_pass():
     assert training.get_total_flops() == 3 * forward.get_total_flops()
 
 
-def test_attended_pairs_are_counted_by_brute_force():
-    model = small_model()
+@pytest.mark.parametrize("kv_strategy", ["per_recursion", "shared", "hybrid"])
+def test_attended_pairs_are_counted_by_brute_force(kv_strategy):
+    model = small_model(kv_strategy=kv_strategy)
     ids = random_ids(1, 20)
     depths = model(ids, rule="causal").depth[0].tolist()
     config = model.config
     active_pairs = [
-        sum(1 for i, d in enumerate(depths) for e in depths[: i + 1] if min(d, e) > r)
+        sum(
+            1
+            for i, d in enumerate(depths)
+            for e in depths[: i + 1]
+            if d > r and (e > r or kv_strategy != "per_recursion")
+        )
         for r in range(3)
     ]
     by_hand = cost.forward_flops(
@@ -113,8 +147,9 @@ def test_decode_flops_and_kv_bytes_of_the_twin_are_larger():
     assert own / twin == pytest.approx(6 / 8)
 
 
-def test_kv_bytes_are_those_of_the_cache():
-    model = small_model().float()
+@pytest.mark.parametrize("kv_strategy", ["per_recursion", "shared", "hybrid"])
+def test_kv_bytes_are_those_of_the_cache(kv_strategy):
+    model = small_model(kv_strategy=kv_strategy).float()
     prompt = random_ids(30).tolist()
     prefill = next(iter(generate(model, [prompt], SamplingParams(max_tokens=1))))
     assert isinstance(prefill, Prefill)

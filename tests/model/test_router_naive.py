@@ -12,7 +12,7 @@ import pytest
 import torch
 from support_model import random_ids, small_model
 
-from mor.model.layers import rotary_angles
+from mor.model.layers import Attend, rotary_angles
 
 
 def naive_recursions(model, x_TD, gating):
@@ -35,7 +35,7 @@ def naive_recursions(model, x_TD, gating):
         block = x_TD[chosen]
         rotary = rotary_angles(torch.tensor(chosen), config, dtype=x_TD.dtype)
         for layer in stack.block(r):
-            block = layer(block, rotary, naive_attention)
+            block = layer(block, rotary, Attend(naive_attention))
         x_TD = x_TD.clone()
         for row, t in enumerate(chosen):
             if gating == "weighted":
@@ -68,10 +68,10 @@ def test_router_and_loss_follow_the_formulas(gating):
     x_TD = model.model.embed_tokens(ids[0])
     rotary = rotary_angles(torch.arange(12), model.config, dtype=x_TD.dtype)
     for layer in model.model.prelude:
-        x_TD = layer(x_TD, rotary, naive_attention)
+        x_TD = layer(x_TD, rotary, Attend(naive_attention))
     x_TD, depth, loss = naive_recursions(model, x_TD, gating)
     for layer in model.model.coda:
-        x_TD = layer(x_TD, rotary, naive_attention)
+        x_TD = layer(x_TD, rotary, Attend(naive_attention))
     logits = model.model.norm(x_TD) @ model.head_weight_VD.T
 
     out = model(ids, rule="train")

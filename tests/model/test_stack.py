@@ -1,12 +1,14 @@
 """The fast stack gives the outputs and gradients of its readable twin, whatever the model."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support_model import KINDS, OPTIONS, random_ids, small_model
 
-from mor.model.stack import run_layers
+from mor.model.stack import Stack
 
 
 def _run(model, implementation, ids, labels, **options):
@@ -57,7 +59,7 @@ def test_fast_equals_reference_with_documents_and_ragged_rows(router, gating, ru
 @pytest.mark.parametrize("rule", ["train", "causal"])
 @pytest.mark.parametrize(("router", "options"), OPTIONS)
 def test_fast_equals_reference_with_every_option_of_a_router(router, options, rule):
-    model = small_model(router, "weighted", **options)
+    model = small_model(router, **options)
     if model.config.capacity_warmup_steps:
         for r in range(3):
             model.model.router(r).steps_done.fill_(2)  # half-way
@@ -81,6 +83,16 @@ def test_fast_equals_reference_for_random_small_models(data):
         reverse=True,
     )
     groups = draw(st.sampled_from([(4, 4), (4, 2), (3, 1)]))
+    apart: dict[str, Any] = {}
+    if recursions > 1 and "cycle" in sharing:
+        strategies = ["per_recursion", "shared", *(["hybrid"] if router != "fixed" else [])]
+        apart = {
+            "kv_strategy": draw(st.sampled_from(strategies)),
+            "relax_norms": draw(st.booleans()),
+            "recursion_encoding": draw(st.booleans()),
+            "lora_rank": draw(st.integers(0, 2)),
+            "lora_targets": ("q_proj", "down_proj"),
+        }
     model = small_model(
         router,
         gating,
@@ -88,11 +100,13 @@ def test_fast_equals_reference_for_random_small_models(data):
         num_recursions=recursions,
         sharing=sharing,
         num_hidden_layers=block * recursions + (0 if sharing in ("cycle", "sequence") else 2),
-        capacity=(1.0, *shares) if router != "fixed" else (),
+        capacity=(1.0, *shares) if router not in ("fixed", "token_choice") else (),
         num_attention_heads=groups[0],
         num_key_value_heads=groups[1],
         tie_word_embeddings=draw(st.booleans()),
+        **apart,
     )
+    model.model.recompute = draw(st.sampled_from(["none", "recursion", "layer"]))
     B, T = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     options = {"rule": draw(st.sampled_from(["train", "causal"]))}
     if draw(st.booleans()):
@@ -106,13 +120,13 @@ def test_fast_equals_reference_for_random_small_models(data):
 
 def test_the_block_sees_active_rows_only(monkeypatch):
     """Real skipping: the rows that enter the shared block are the active ones, no more."""
-    seen = []
+    seen, run = [], Stack._run
 
-    def counting(layers, x_ND, rotary, view, *, first=0):
+    def counting(stack, layers, x_ND, *rest, **options):
         seen.append(len(x_ND))
-        return run_layers(layers, x_ND, rotary, view, first=first)
+        return run(stack, layers, x_ND, *rest, **options)
 
-    monkeypatch.setattr("mor.model.stack.run_layers", counting)
+    monkeypatch.setattr(Stack, "_run", counting)
     model = small_model()
     model(random_ids(2, 12), rule="train")
     assert seen == [24, 24, 16, 8, 24]  # prelude, recursions 1 to 3, coda

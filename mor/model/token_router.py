@@ -1,0 +1,113 @@
+"""Token choice: one decision per token, after the prelude, says how many recursions it takes.
+
+The decision reads the token's own state, so one rule serves training and everything else.
+Shapes: B sequences, N rows, D width, R recursions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mor.config import ModelConfig
+from mor.model.router import Routing, Rule, WideModule, make_body
+from mor.model.rows import Rows
+
+
+class TokenChoice(NamedTuple):
+    """What the router decided about all rows."""
+
+    depth_N: Tensor
+    """recursions to take, 1..R"""
+    gate_N1: Tensor
+    """factor on the result of the last of them, fp32 or wider"""
+    loss: Tensor | None
+    """weighted losses, summed over rows; None outside training or without any"""
+
+    def routing(self, recursion: int, rows: Rows, origin_N: Tensor) -> Routing:
+        """Say who of a recursion's candidates goes on; origin_N is their place among all rows."""
+        none = self.gate_N1.new_empty(0)
+        if recursion == 0:
+            return Routing(None, None, None, none, None, torch.tensor(len(rows)))
+        index_A = (self.depth_N[origin_N] > recursion).nonzero()[:, 0]
+        return Routing(index_A, None, None, none, None, torch.tensor(len(index_A)))
+
+
+class TokenRouter(WideModule):
+    """Scores every depth and picks the best.
+
+    s = softmax(W x) or sigmoid(W x); depth = argmax_i (s_i + b_i); gate = alpha s_depth
+    Source: token choice, arXiv 2507.10524 Eq. 2.2, gated once at the exit as in the public code;
+    the bias b after Wang et al., arXiv 2408.15664.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.body = make_body(config)
+        self.register_buffer("balance", torch.zeros(config.num_recursions))
+        self.balance: Tensor
+
+    def scores(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and scores of every depth, fp32 or wider also under autocast."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            wide = torch.promote_types(x_ND.dtype, torch.float32)
+            logit_NR = self.body(x_ND.to(wide))
+        if self.config.router_score == "softmax":
+            return logit_NR, logit_NR.softmax(-1)
+        return logit_NR, logit_NR.sigmoid()
+
+    def gate(self, score_N: Tensor) -> Tensor:
+        """Turn chosen scores into the factor that `join` applies; residual: 1 at zero weights."""
+        config = self.config
+        if config.gating != "residual":
+            return config.router_alpha * score_N
+        return score_N * (config.num_recursions if config.router_score == "softmax" else 2)
+
+    def forward(self, x_ND: Tensor, rows: Rows, *, rule: Rule) -> TokenChoice:
+        """Decide for all rows; x_ND is what recursion 1 gets."""
+        logit_NR, score_NR = self.scores(x_ND)
+        choice_N = (score_NR.detach() + self.balance).argmax(-1)
+        picked_N = score_NR.gather(-1, choice_N[:, None])[:, 0]
+        loss = None
+        if rule == "train":
+            loss = self.loss(logit_NR, score_NR, choice_N, rows)
+        return TokenChoice(choice_N + 1, self.gate(picked_N)[:, None], loss)
+
+    def loss(
+        self, logit_NR: Tensor, score_NR: Tensor, choice_N: Tensor, rows: Rows
+    ) -> Tensor | None:
+        """Sum the weighted losses over rows.
+
+        Balance: sum_i P_i f_i of each sequence, with P_i its mean score of depth i and f_i R times
+        the share of its tokens that pick i; a sequence counts as often as it has tokens.
+        z-loss: logsumexp(z) squared.
+        """
+        config, loss = self.config, None
+        if config.router_balance == "loss":
+            shape = (rows.num_sequences, config.num_recursions)
+            picks_BR = score_NR.new_zeros(shape)
+            picks_BR.index_put_(
+                (rows.sequence_N, choice_N), score_NR.new_ones(len(rows)), accumulate=True
+            )
+            total_BR = score_NR.new_zeros(shape).index_add(0, rows.sequence_N, score_NR)
+            count_B1 = rows.count_B[:, None].clamp(min=1)
+            # tokens x (total / tokens) x (R picks / tokens)
+            balance = (total_BR * picks_BR / count_B1).sum() * config.num_recursions
+            loss = config.router_balance_loss_coef * balance
+        if config.router_z_loss_coef:
+            z_loss = config.router_z_loss_coef * logit_NR.logsumexp(-1).square().sum()
+            loss = z_loss if loss is None else loss + z_loss
+        return loss
+
+    @torch.no_grad()
+    def after_step(self, picks_R: Tensor) -> None:
+        """Move the balancing bias: b_i += rate sign(mean load - load_i).
+
+        picks_R  tokens of the optimizer step that picked each depth
+        """
+        if self.config.router_balance == "bias":
+            picks_R = picks_R.to(self.balance)
+            self.balance += self.config.router_balance_rate * (picks_R.mean() - picks_R).sign()
