@@ -131,7 +131,7 @@ class ModelConfig:
         if self.router_alpha == 0:
             set_(self, "router_alpha", 1.0 if self.router_score == "softmax" else 0.1)
         if self.lora_alpha == 0:
-            set_(self, "lora_alpha", 2.0 * self.lora_rank)
+            set_(self, "lora_alpha", 2.0 * max(self.lora_rank, 0))
         set_(self, "lora_targets", tuple(self.lora_targets))
         if not self.capacity:
             everyone = (1.0,) * self.num_recursions

@@ -82,3 +82,32 @@ def small_model(router="expert_choice", gating="auto", seed=0, **fields: Any) ->
 
 def random_ids(*shape, seed=0, vocab=61):
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _run(model, implementation, ids, labels, **options):
+    model.zero_grad()
+    out = model(ids, labels=labels, implementation=implementation, **options)
+    loss = out.loss_sum + (0 if out.router_loss_sum is None else out.router_loss_sum)
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    logits = model(ids, implementation=implementation, **options).logits
+    return out, logits, grads
+
+
+def assert_same(model, ids, **options):
+    labels = random_ids(*ids.shape, seed=5)
+    fast, fast_logits, fast_grads = _run(model, "fast", ids, labels, **options)
+    plain, plain_logits, plain_grads = _run(model, "reference", ids, labels, **options)
+    assert torch.equal(fast.depth, plain.depth)
+    torch.testing.assert_close(fast_logits, plain_logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fast.loss_sum, plain.loss_sum, rtol=1e-10, atol=1e-9)
+    assert (fast.router_loss_sum is None) == (plain.router_loss_sum is None)
+    for a, b in zip(fast.recursions, plain.recursions, strict=True):
+        assert (a.num_candidates, a.num_active) == (b.num_candidates, b.num_active)
+        torch.testing.assert_close(a.score_N, b.score_N, rtol=1e-9, atol=1e-12)
+    for name in fast_grads.keys() | plain_grads.keys():
+        zero = torch.zeros_like(dict(model.named_parameters())[name])
+        a, b = fast_grads.get(name, zero), plain_grads.get(name, zero)
+        scale = 1 + b.abs().max()
+        torch.testing.assert_close(a / scale, b / scale, rtol=1e-9, atol=1e-9, msg=name)
+    return fast

@@ -22,6 +22,10 @@ def test_defaults_follow_from_the_rest() -> None:
     assert config.capacity_depth == pytest.approx(2)
     assert ModelConfig(num_hidden_layers=8, num_recursions=3).capacity == (1.0,) * 3
     assert ModelConfig().gating == "none"
+    assert (config.router_score, config.router_alpha) == ("sigmoid", 0.1)
+    token = ModelConfig(**ROUTED | {"router": "token_choice"})
+    assert (token.router_score, token.router_alpha, token.num_routers) == ("softmax", 1.0, 1)
+    assert ModelConfig(**ROUTED, lora_rank=4).lora_alpha == 8
 
 
 @pytest.mark.parametrize(
@@ -38,7 +42,9 @@ def test_layers_are_shared_as_the_map_says(
 
 
 def test_the_twin_has_equal_layers_and_one_recursion() -> None:
-    twin = ModelConfig(**ROUTED).twin()
+    options: dict[str, Any] = {"kv_strategy": "hybrid", "lora_rank": 2, "relax_norms": True}
+    twin = ModelConfig(**ROUTED, **options, recursion_encoding=True).twin()
+    assert (twin.kv_strategy, twin.lora_rank, twin.relax_norms) == ("per_recursion", 0, False)
     assert (twin.num_recursions, twin.router, twin.gating, twin.capacity) == (
         1,
         "fixed",
@@ -82,6 +88,37 @@ def test_a_config_file_reads_back(tmp_path: Path) -> None:
         ({"router_z_loss_coef": -1.0}, "router_z_loss_coef is -1.0"),
         ({"router_threshold_rate": 0.0}, "router_threshold_rate is 0.0"),
         ({"router_body": "mpl"}, "did you mean mlp"),
+        ({"router": "token_choice", "capacity": (1, 0.6, 0.3)}, "uses all depths evenly; leave it"),
+        ({"router": "token_choice", "capacity_warmup_steps": 3}, "not token_choice; use 0"),
+        (
+            {"router": "token_choice", "gating": "additive", "router_balance": "bias"},
+            "token_choice would learn nothing",
+        ),
+        ({"router_score": "softmax"}, "router_score softmax serves the router token_choice"),
+        ({"router_score": "tanh"}, "router_score 'tanh' is unknown"),
+        ({"router_balance": "bias"}, "router_balance bias serves the router token_choice"),
+        ({"router_balance_rate": 2.0}, "router_balance_rate is 2.0"),
+        ({"router_balance_loss_coef": math.nan}, "router_balance_loss_coef is nan"),
+        ({"kv_strategy": "share"}, "did you mean shared"),
+        ({"kv_strategy": "shared", "sharing": "none"}, "kv_strategy shared needs a block that is"),
+        ({"kv_strategy": "hybrid", "router": "fixed"}, "hybrid equals per_recursion"),
+        ({"relax_norms": True, "sharing": "none"}, "relax_norms needs a block that is shared"),
+        (
+            {"recursion_encoding": True, "router": "fixed", "num_recursions": 1},
+            "recursion_encoding needs a block that is shared by 2 recursions or more",
+        ),
+        (
+            {"lora_rank": 4, "router": "fixed", "sharing": "middle_sequence"},
+            "lora_rank 4 needs a block that is shared",
+        ),
+        ({"lora_rank": -1}, "lora_rank is -1"),
+        ({"lora_alpha": -2.0}, "lora_alpha is -2.0"),
+        ({"lora_targets": ("q_pro",)}, "did you mean q_proj"),
+        ({"lora_targets": ()}, "name each projection once, at least one"),
+        (
+            {"lora_rank": 2, "kv_strategy": "shared"},
+            "leave k_proj and v_proj out",
+        ),
         ({"capacity": (1, 0.5)}, "capacity has 2 values for 3 recursions"),
         ({"capacity": (1, 0.5, 0.6)}, "rises; a token that left cannot come back"),
         ({"capacity": (1, 0.5, 0)}, r"leaves \(0, 1\]"),

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from support_model import random_ids, small_model
+from support_model import KINDS, OPTIONS, random_ids, small_model
 
 from mor.model.layers import Attend, rotary_angles
 
@@ -80,23 +80,28 @@ def test_router_and_loss_follow_the_formulas(gating):
     assert float(out.router_loss_sum) / out.num_tokens == pytest.approx(loss, rel=1e-9)
 
 
-def test_auxiliary_loss_sums_over_micro_batches():
-    """Sums over c_(r-1) and tokens: splitting a batch changes neither loss nor gradients."""
+@pytest.mark.parametrize(("router", "options"), [*((r, {"gating": g}) for r, g in KINDS), *OPTIONS])
+def test_losses_sum_over_micro_batches(router, options):
+    """Sums over tokens: splitting a batch changes neither loss nor gradients."""
     ids = random_ids(4, 12)
     results = []
     for parts in (1, 2, 4):
-        model = small_model()
+        model = small_model(router, **options)
         total = 0.0
         for part in ids.chunk(parts):
             out = model(part, labels=part, rule="train")
-            loss = (out.loss_sum + 0.1 * out.router_loss_sum) / ids.numel()
+            loss = out.loss_sum / ids.numel()
+            if out.router_loss_sum is not None:
+                loss = loss + 0.1 * out.router_loss_sum / ids.numel()
             loss.backward()
             total += float(loss.detach())
-        results.append((total, [p.grad for p in model.parameters()]))
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((total, grads))
     for total, grads in results[1:]:
         assert total == pytest.approx(results[0][0], rel=1e-12)
-        for a, b in zip(grads, results[0][1], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        assert grads.keys() == results[0][1].keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, results[0][1][name], rtol=1e-9, atol=1e-10)
 
 
 def test_router_learns_through_gate_and_loss():

@@ -6,38 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support_model import KINDS, OPTIONS, random_ids, small_model
+from support_model import KINDS, OPTIONS, assert_same, random_ids, small_model
 
 from mor.model.stack import Stack
-
-
-def _run(model, implementation, ids, labels, **options):
-    model.zero_grad()
-    out = model(ids, labels=labels, implementation=implementation, **options)
-    loss = out.loss_sum + (0 if out.router_loss_sum is None else out.router_loss_sum)
-    loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    logits = model(ids, implementation=implementation, **options).logits
-    return out, logits, grads
-
-
-def assert_same(model, ids, **options):
-    labels = random_ids(*ids.shape, seed=5)
-    fast, fast_logits, fast_grads = _run(model, "fast", ids, labels, **options)
-    plain, plain_logits, plain_grads = _run(model, "reference", ids, labels, **options)
-    assert torch.equal(fast.depth, plain.depth)
-    torch.testing.assert_close(fast_logits, plain_logits, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(fast.loss_sum, plain.loss_sum, rtol=1e-10, atol=1e-9)
-    assert (fast.router_loss_sum is None) == (plain.router_loss_sum is None)
-    for a, b in zip(fast.recursions, plain.recursions, strict=True):
-        assert (a.num_candidates, a.num_active) == (b.num_candidates, b.num_active)
-        torch.testing.assert_close(a.score_N, b.score_N, rtol=1e-9, atol=1e-12)
-    for name in fast_grads.keys() | plain_grads.keys():
-        zero = torch.zeros_like(dict(model.named_parameters())[name])
-        a, b = fast_grads.get(name, zero), plain_grads.get(name, zero)
-        scale = 1 + b.abs().max()
-        torch.testing.assert_close(a / scale, b / scale, rtol=1e-9, atol=1e-9, msg=name)
-    return fast
 
 
 @pytest.mark.parametrize("rule", ["train", "causal"])
@@ -132,27 +103,47 @@ def test_the_block_sees_active_rows_only(monkeypatch):
     assert seen == [24, 24, 16, 8, 24]  # prelude, recursions 1 to 3, coda
 
 
+def saved_bytes(model, ids):
+    """Run a training forward; returns its output and the bytes kept for the backward pass."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(ids, labels=ids, rule="train")
+    for param in model.parameters():
+        storages.pop(param.untyped_storage().data_ptr(), None)
+    return out, sum(storages.values())
+
+
 def test_skipped_tokens_cost_no_activations():
     """What is saved for the backward pass shrinks with the active share."""
 
-    def saved_bytes(**fields):
-        model = small_model(num_hidden_layers=14, **fields)
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        ids = random_ids(4, 48)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(ids, labels=ids, rule="train")
-        return sum(size for key, size in storages.items() if key not in kept)
-
-    full = saved_bytes(capacity=(1.0, 1.0, 1.0))
-    third = saved_bytes(capacity=(1.0, 1 / 3, 1 / 3))
+    ids = random_ids(4, 48)
+    full, third = (
+        saved_bytes(small_model(num_hidden_layers=14, capacity=capacity), ids)[1]
+        for capacity in ((1.0, 1.0, 1.0), (1.0, 1 / 3, 1 / 3))
+    )
     # 2 own layers + 4 x (1 + 1/3 + 1/3) of 2 + 12
     assert third / full < 0.75
+
+
+@pytest.mark.parametrize("kv_strategy", ["per_recursion", "shared", "hybrid"])
+def test_recomputing_gives_the_same_bits_and_keeps_less(kv_strategy):
+    """Gradients with activation checkpointing are those without; a recursion keeps its input."""
+    ids, kept, grads = random_ids(2, 24), {}, {}
+    for recompute in ("none", "recursion", "layer"):
+        model = small_model(num_hidden_layers=14, kv_strategy=kv_strategy)
+        model.model.recompute = recompute
+        out, kept[recompute] = saved_bytes(model, ids)
+        (out.loss_sum + out.router_loss_sum).backward()
+        grads[recompute] = [p.grad for p in model.parameters()]
+    for recompute in ("recursion", "layer"):
+        for a, b in zip(grads["none"], grads[recompute], strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+        assert kept[recompute] < 0.5 * kept["none"]
 
 
 def test_recursion_one_takes_every_token_and_depth_counts_recursions():
@@ -163,8 +154,9 @@ def test_recursion_one_takes_every_token_and_depth_counts_recursions():
     assert counts == [24, 16, 8] == [stats.num_active for stats in out.recursions]
 
 
-def test_nobody_active_is_fine():
-    model = small_model()
+@pytest.mark.parametrize("kv_strategy", ["per_recursion", "shared", "hybrid"])
+def test_nobody_active_is_fine(kv_strategy):
+    model = small_model(kv_strategy=kv_strategy)
     for r in (1, 2):
         model.model.router(r).threshold.fill_(2.0)
     ids = random_ids(2, 5)

@@ -25,6 +25,7 @@ ROUTINGS = [
     ("expert_choice", "weighted"),
     ("expert_choice", "residual"),
     ("threshold", "weighted"),
+    ("token_choice", "weighted"),
     ("random", "weighted"),
     ("fixed", "none"),
 ]
