@@ -118,8 +118,8 @@ def human_bytes(count: float) -> str:
 
 def human_count(count: float) -> str:
     """Return count as a short text such as 1.3 M."""
-    for unit in ("", " k", " M", " G", " T", " P"):
-        if abs(count) < 1000 or unit == " P":
+    for unit in ("", " k", " M", " G", " T", " P", " E"):
+        if abs(count) < 1000 or unit == " E":
             return f"{count:.0f}" if unit == "" else f"{count:.2f}{unit}"
         count /= 1000
     raise AssertionError("unreachable")

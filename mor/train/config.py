@@ -31,6 +31,8 @@ class TrainConfig:
     """tokens of an optimizer step; a multiple of context"""
     micro_batch_tokens: int = 0
     """tokens of one forward pass, gradients add up; 0 for the whole batch at once"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon takes the layers' projections and leaves the rest to adamw; one rate serves both"""
     lr: float = 3e-3
     """peak learning rate"""
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
@@ -99,6 +101,7 @@ class TrainConfig:
                 f"batch_tokens {self.batch_tokens} is no multiple of micro_batch_tokens "
                 f"{self.micro_batch_tokens}"
             )
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("schedule", self.schedule, ("trapezoid", "cosine"))
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 

@@ -1,8 +1,9 @@
-"""AdamW and its learning-rate schedules."""
+"""AdamW, Muon beside it, and the learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,23 +28,67 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(parts[False], limit)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return fused AdamW; matrices decay, vectors (norm gains) do not.
+def decays(name: str, param: torch.Tensor) -> bool:
+    """Tell the parameters with weight decay: matrices, but no gains, low-rank parts or encodings.
 
-    Auxiliary routers learn at ten times the rate, as in the paper; `lr_scale` says so.
+    Gains go by name, since those of a recursion each stand in a matrix too.
     """
-    decay = config.weight_decay
-    groups = []
-    for is_aux, lr_scale in ((False, 1.0), (True, AUX_LR_SCALE)):
-        params = [p for name, p in model.named_parameters() if is_aux_router(name) == is_aux]
-        matrices = [p for p in params if p.dim() >= 2]
-        vectors = [p for p in params if p.dim() < 2]
-        groups.append({"params": matrices, "weight_decay": decay, "lr_scale": lr_scale})
-        groups.append({"params": vectors, "weight_decay": 0.0, "lr_scale": lr_scale})
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
+    is_small = name.endswith("norm.weight") or "lora_" in name or "recursion_encoding" in name
+    return param.dim() >= 2 and not is_small
+
+
+def is_projection(name: str, param: torch.Tensor) -> bool:
+    """Tell the matrices inside the layers, which Muon trains where it is chosen."""
+    return param.dim() == 2 and ".layers." in name and name.endswith("_proj.weight")
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon and AdamW as one optimizer; both work on its groups (Muon's first) and its state."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.muon, self.adamw = muon, adamw
+        self.num_muon_groups = len(muon.param_groups)
+
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter once; a closure is evaluated first, and its loss returned."""
+        # Groups and state anew each time: load_state_dict replaces them.
+        self.muon.param_groups = self.param_groups[: self.num_muon_groups]
+        self.adamw.param_groups = self.param_groups[self.num_muon_groups :]
+        self.muon.state = self.adamw.state = self.state
+        loss = self.muon.step(closure)
+        self.adamw.step()
+        return loss
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return fused AdamW, or Muon for the layers' projections beside it.
+
+    Auxiliary routers learn at ten times the rate, as in the paper; `lr_scale` says so. Muon's
+    updates have the size of AdamW's, so that one rate and one decay serve both.
+    Source: arXiv 2502.16982 for Muon at AdamW's rate
+    """
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        is_muon = config.optimizer == "muon" and is_projection(name, param)
+        lr_scale = AUX_LR_SCALE if is_aux_router(name) else 1.0
+        decay = config.weight_decay if decays(name, param) else 0.0
+        groups.setdefault((is_muon, lr_scale, decay), []).append(param)
+
+    def groups_of(muon: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": params, "weight_decay": decay, "lr_scale": lr_scale}
+            for (is_muon, lr_scale, decay), params in groups.items()
+            if is_muon == muon
+        ]
+
+    adamw = torch.optim.AdamW(
+        groups_of(False), lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
     )
+    if config.optimizer == "adamw":
+        return adamw
+    muon = torch.optim.Muon(groups_of(True), lr=config.lr, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, adamw)
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:

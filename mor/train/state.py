@@ -73,7 +73,7 @@ class Checkpoints:
                     raise ValueError(f"{path / 'state.json'} is not of step {step}")
                 weights = load_tensors(path / WEIGHTS)
                 moments = load_tensors(path / "optimizer.safetensors")
-                _check_moments(model, moments, where=str(path))
+                _check_moments(model, optimizer, moments, where=str(path))
                 load_state(model, weights, where=str(path), assign=False)
                 _restore_optimizer(model, optimizer, moments)
                 return state
@@ -109,19 +109,28 @@ def _optimizer_tensors(model: MoR, optimizer: torch.optim.Optimizer) -> dict[str
     return tensors
 
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+ADAMW_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
 
 
-def _check_moments(model: MoR, tensors: dict[str, Tensor], *, where: str) -> None:
-    """Raise ValueError unless an optimizer's file is whole and of this model.
+def _check_moments(
+    model: MoR, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], *, where: str
+) -> None:
+    """Raise ValueError unless an optimizer's file is whole and of this model and optimizer.
 
     A parameter that never had a gradient, such as a router that nobody reached, has no moments.
     """
+    moments: dict[Any, tuple[str, ...]] = {}
+    for group in optimizer.param_groups:
+        kind = MUON_MOMENTS if "momentum" in group else ADAMW_MOMENTS
+        moments |= dict.fromkeys(group["params"], kind)
     shapes = {"rng.cpu": torch.get_rng_state().shape}
     for name, param in model.named_parameters():
-        if any(f"{name}.{key}" in tensors for key in MOMENTS):
-            shapes |= {f"{name}.{key}": param.shape for key in MOMENTS}
-            shapes[f"{name}.step"] = torch.Size()
+        keys = [f"{name}.{key}" for key in moments[param]]
+        if any(key in tensors for key in keys):
+            shapes |= dict.fromkeys(keys, param.shape)
+            if f"{name}.step" in keys:
+                shapes[f"{name}.step"] = torch.Size()
     for name in sorted(shapes.keys() | tensors.keys()):
         if name not in tensors or name not in shapes or tensors[name].shape != shapes[name]:
             raise ValueError(f"{where}: {name} is missing, foreign or misshapen in the optimizer")

@@ -102,6 +102,7 @@ def test_a_budget_becomes_steps(fields: Any, flops_per_token: float, steps: int)
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"schedule": "cosin"}, "did you mean cosine"),
+        ({"optimizer": "moun"}, "did you mean muon"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
     ],
 )

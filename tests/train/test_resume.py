@@ -46,15 +46,16 @@ def with_model(recipe: Recipe, **fields: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "optimizer"),
     [
-        {},
-        {"router_aux": "router", "capacity_warmup_steps": 9},
-        {"router": "threshold", "capacity_warmup_steps": 9},
-        {"router": "random"},
-        {"router": "fixed"},
+        ({}, "adamw"),
+        ({"router_aux": "router", "capacity_warmup_steps": 9}, "adamw"),
+        ({"router": "threshold", "capacity_warmup_steps": 9}, "adamw"),
+        ({"router": "random"}, "adamw"),
+        ({"router": "fixed"}, "adamw"),
+        ({"router_aux": "router"}, "muon"),
     ],
-    ids=["expert_choice", "aux_router", "threshold", "random", "fixed"],
+    ids=["expert_choice", "aux_router", "threshold", "random", "fixed", "muon"],
 )
 def test_a_resumed_run_repeats_the_bits_of_one_that_never_stopped(
     tiny_data: Path,
@@ -62,8 +63,12 @@ def test_a_resumed_run_repeats_the_bits_of_one_that_never_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any],
+    optimizer: Any,
 ) -> None:
     recipe = load_recipe(tiny_recipe)
+    recipe = dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, optimizer=optimizer)
+    )
     if fields:
         recipe = with_model(recipe, **{"gating": "auto", "capacity": (), **fields})
     data = PreparedData.open(tiny_data)

@@ -20,7 +20,7 @@ from mor.train.optim import build_optimizer
 from mor.train.state import Checkpoints
 
 
-def model_and_optimizer() -> tuple[MoR, torch.optim.AdamW]:
+def model_and_optimizer(kind: Any = "adamw") -> tuple[MoR, torch.optim.Optimizer]:
     config = ModelConfig(
         vocab_size=32,
         hidden_size=16,
@@ -32,10 +32,10 @@ def model_and_optimizer() -> tuple[MoR, torch.optim.AdamW]:
         router="expert_choice",
     )
     model = MoR(config)
-    return model, build_optimizer(model, TrainConfig(budget_tokens=1))
+    return model, build_optimizer(model, TrainConfig(budget_tokens=1, optimizer=kind))
 
 
-def take_step(model: MoR, optimizer: torch.optim.AdamW) -> None:
+def take_step(model: MoR, optimizer: torch.optim.Optimizer) -> None:
     ids = torch.randint(0, 32, (2, 8))
     out = model.train()(ids, labels=ids)
     (out.loss_sum + out.router_loss_sum).backward()
@@ -44,7 +44,7 @@ def take_step(model: MoR, optimizer: torch.optim.AdamW) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[tuple[Checkpoints, MoR, torch.optim.AdamW]]:
+def run(tmp_path: Path) -> Iterator[tuple[Checkpoints, MoR, torch.optim.Optimizer]]:
     """Checkpoints of the steps 1, 2 and 3, of which two are kept."""
     model, optimizer = model_and_optimizer()
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
@@ -140,6 +140,19 @@ def test_nothing_is_restored_from_a_checkpoint_that_is_half_good(run: Any) -> No
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged; train into"):
         checkpoints.load_newest(fresh, optimizer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("kinds", [("adamw", "muon"), ("muon", "adamw")])
+def test_moments_of_another_optimizer_are_not_taken(tmp_path: Path, kinds: Any) -> None:
+    model, optimizer = model_and_optimizer(kinds[0])
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    take_step(model, optimizer)
+    checkpoints.save(model, optimizer, {"step": 1, "seconds": 0.0})
+    checkpoints.close()
+    with pytest.raises(ValueError, match="is damaged; train into"):
+        checkpoints.load_newest(*model_and_optimizer(kinds[1]))
+    restored = checkpoints.load_newest(*model_and_optimizer(kinds[0]))
+    assert restored is not None and restored["step"] == 1
 
 
 def test_a_run_without_checkpoints_starts_at_the_beginning(tmp_path: Path) -> None:

@@ -113,9 +113,14 @@ def test_micro_batches_add_up_to_their_batch(
         assert grads[0]["model.routers.2.body.weight"].abs().max() > 0
 
 
-@pytest.mark.parametrize(("router", "gating"), ROUTINGS)
-def test_one_batch_can_be_learnt_by_heart(tiny_data: Path, router: str, gating: str) -> None:
-    recipe = small_recipe(router, gating, lr=1e-2, weight_decay=0.0)
+@pytest.mark.parametrize(
+    ("router", "gating", "optimizer"),
+    [(*routing, "adamw") for routing in ROUTINGS] + [("expert_choice", "weighted", "muon")],
+)
+def test_one_batch_can_be_learnt_by_heart(
+    tiny_data: Path, router: str, gating: str, optimizer: str
+) -> None:
+    recipe = small_recipe(router, gating, optimizer=optimizer, lr=1e-2, weight_decay=0.0)
     recipe = dataclasses.replace(
         recipe, model=dataclasses.replace(recipe.model, router_aux_loss_coef=0.001)
     )
