@@ -1,5 +1,6 @@
 """Small models for the tests of this folder and of the contracts."""
 
+import math
 from typing import Any
 
 import torch
@@ -111,3 +112,15 @@ def assert_same(model, ids, **options):
         scale = 1 + b.abs().max()
         torch.testing.assert_close(a / scale, b / scale, rtol=1e-9, atol=1e-9, msg=name)
     return fast
+
+
+def naive_attention(q, k, v):
+    """Causal attention, one query and head at a time."""
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for row in range(len(q)):
+        for head in range(q.shape[1]):
+            key = k[: row + 1, head // group]
+            share = (key @ q[row, head] / math.sqrt(q.shape[2])).softmax(0)
+            out[row, head] = share @ v[: row + 1, head // group]
+    return out

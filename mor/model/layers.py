@@ -103,14 +103,16 @@ class Attention(nn.Module):
         self.v_proj = make("v_proj", d, kv_size)
         self.o_proj = make("o_proj", q_size, d)
 
-    def forward(self, x_ND: Tensor, rotary: Rotary, attend: Attend, recursion: int) -> Tensor:
+    def project(
+        self, x_ND: Tensor, rotary: Rotary, recursion: int, *, takes_keys: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return queries and, where they are to be made, keys and values, with their angles."""
         heads = (-1, self.head_dim)
         q_NHK = rotate(self.q_proj(x_ND, recursion).unflatten(-1, heads), rotary)
-        k_NGK = v_NGK = None
-        if attend.takes_keys:
-            k_NGK = rotate(self.k_proj(x_ND, recursion).unflatten(-1, heads), rotary)
-            v_NGK = self.v_proj(x_ND, recursion).unflatten(-1, heads)
-        return self.o_proj(attend.run(q_NHK, k_NGK, v_NGK).flatten(-2), recursion)
+        if not takes_keys:
+            return q_NHK, None, None
+        k_NGK = rotate(self.k_proj(x_ND, recursion).unflatten(-1, heads), rotary)
+        return q_NHK, k_NGK, self.v_proj(x_ND, recursion).unflatten(-1, heads)
 
 
 class MLP(nn.Module):
@@ -142,9 +144,25 @@ class Layer(nn.Module):
         self.mlp = MLP(config, is_shared=is_shared)
 
     def forward(self, x_ND: Tensor, rotary: Rotary, attend: Attend, recursion: int = 0) -> Tensor:
+        q_NHK, k_NGK, v_NGK = self.before(x_ND, rotary, recursion, attend.takes_keys)
+        return self.after(x_ND, attend.run(q_NHK, k_NGK, v_NGK), recursion)
+
+    def before(
+        self, x_ND: Tensor, rotary: Rotary, recursion: int, takes_keys: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What comes before attention; rows apart from each other, as in `after`."""
         normed_ND = self.input_layernorm(x_ND, recursion)
-        x_ND = x_ND + self.self_attn(normed_ND, rotary, attend, recursion)
+        return self.self_attn.project(normed_ND, rotary, recursion, takes_keys=takes_keys)
+
+    def after(self, x_ND: Tensor, attended_NHK: Tensor, recursion: int) -> Tensor:
+        """What comes after attention."""
+        x_ND = x_ND + self.self_attn.o_proj(attended_NHK.flatten(-2), recursion)
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND, recursion), recursion)
+
+    def compile_parts(self) -> None:
+        """Compile what treats rows apart; attention stays as it is, its shapes are the router's."""
+        for name in ("before", "after"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
 
 def _projection(

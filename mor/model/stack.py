@@ -94,6 +94,11 @@ class Stack(nn.Module):
     def _layers(self, first: int, count: int) -> list[Layer]:
         return [cast(Layer, self.layers[index]) for index in range(first, first + count)]
 
+    def compile_layers(self) -> None:
+        """Compile every layer's parts around attention, at the first call of each."""
+        for layer in self.layers:
+            cast(Layer, layer).compile_parts()
+
     def router(self, recursion: int) -> Router:
         return cast(Router, self.routers[recursion])
 

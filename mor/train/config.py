@@ -51,6 +51,10 @@ class TrainConfig:
     """largest gradient norm"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """type of the matrix products; weights stay fp32. auto: bfloat16 where the processor has it"""
+    recompute: Literal["none", "recursion", "layer"] = "none"
+    """what the backward pass computes again instead of keeping: less memory, a third more time"""
+    compile: bool = False
+    """compile the layers with torch.compile; needs a C++ compiler, pays in long runs"""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
     seed: int = 0
@@ -104,6 +108,7 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("schedule", self.schedule, ("trapezoid", "cosine"))
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("recompute", self.recompute, ("none", "recursion", "layer"))
 
     @property
     def batch_rows(self) -> int:

@@ -33,7 +33,7 @@ def decays(name: str, param: torch.Tensor) -> bool:
 
     Gains go by name, since those of a recursion each stand in a matrix too.
     """
-    is_small = name.endswith("norm.weight") or "lora_" in name or "recursion_encoding" in name
+    is_small = name.endswith("norm.weight") or "recursion_" in name
     return param.dim() >= 2 and not is_small
 
 

@@ -84,6 +84,9 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
 
     torch.manual_seed(config.seed)
     model = MoR(recipe.model).to(device).train()
+    model.model.recompute = config.recompute
+    if config.compile:
+        model.model.compile_layers()
     optimizer = build_optimizer(model, config)
     flops_per_token = training_flops_per_token(recipe.model, config.context)
     num_steps = config.num_steps(flops_per_token)

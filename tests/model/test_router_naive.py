@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from support_model import KINDS, OPTIONS, random_ids, small_model
+from support_model import KINDS, OPTIONS, naive_attention, random_ids, small_model
 
 from mor.model.layers import Attend, rotary_angles
 
@@ -46,18 +46,6 @@ def naive_recursions(model, x_TD, gating):
             depth[t] = r + 1
         active = chosen
     return x_TD, depth, loss
-
-
-def naive_attention(q, k, v):
-    """Causal attention, one query and head at a time."""
-    out = torch.zeros_like(q)
-    group = q.shape[1] // k.shape[1]
-    for row in range(len(q)):
-        for head in range(q.shape[1]):
-            key = k[: row + 1, head // group]
-            share = (key @ q[row, head] / math.sqrt(q.shape[2])).softmax(0)
-            out[row, head] = share @ v[: row + 1, head // group]
-    return out
 
 
 @pytest.mark.parametrize("gating", ["weighted", "residual"])

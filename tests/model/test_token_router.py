@@ -1,20 +1,26 @@
 """Token choice from its formulas alone, its balancing, and what it learns."""
 
 import math
+from typing import cast
 
 import pytest
 import torch
-from support_model import random_ids, small_model
-from test_router_naive import naive_attention
+from support_model import naive_attention, random_ids, small_model
 
 from mor.model.layers import Attend, rotary_angles
+from mor.model.rows import Rows
+from mor.model.token_router import TokenRouter
+
+
+def router_of(model) -> TokenRouter:
+    return cast(TokenRouter, model.model.routers[0])
 
 
 def naive_token_choice(model, x_TD):
     """One sequence, token by token: states, depths and the balancing loss over tokens."""
     config, stack = model.config, model.model
     T, R = len(x_TD), config.num_recursions
-    weight_RD = stack.routers[0].body.weight
+    weight_RD = router_of(model).get_parameter("body.weight")
     scores = []
     for x_D in x_TD:
         z = [float(w @ x_D) for w in weight_RD]
@@ -23,7 +29,7 @@ def naive_token_choice(model, x_TD):
             scores.append([math.exp(v) / total for v in z])
         else:
             scores.append([1 / (1 + math.exp(-v)) for v in z])
-    bias = stack.routers[0].balance.tolist()
+    bias = router_of(model).balance.tolist()
     depth = [1 + max(range(R), key=lambda i, s=s: s[i] + bias[i]) for s in scores]
     h_TD = x_TD
     for r in range(R):
@@ -55,7 +61,7 @@ def naive_token_choice(model, x_TD):
 @torch.no_grad()
 def test_choice_gate_and_balance_follow_the_formulas(gating, score):
     model = small_model("token_choice", gating, router_score=score)
-    model.model.routers[0].balance.copy_(torch.tensor([0.0, -0.02, 0.05]))
+    router_of(model).balance.copy_(torch.tensor([0.0, -0.02, 0.05]))
     ids = random_ids(1, 12)
     x_TD = model.model.embed_tokens(ids[0])
     rotary = rotary_angles(torch.arange(12), model.config, dtype=x_TD.dtype)
@@ -82,15 +88,13 @@ def test_the_choice_is_the_same_in_training_and_outside():
 @pytest.mark.parametrize("gating", ["weighted", "residual"])
 def test_residual_gates_are_one_at_zero_weights(gating):
     model = small_model("token_choice", gating)
-    torch.nn.init.zeros_(model.model.routers[0].body.weight)
-    choice = model.model.routers[0](*_some_rows(model), rule="causal")
+    torch.nn.init.zeros_(router_of(model).get_parameter("body.weight"))
+    choice = router_of(model)(*_some_rows(model), rule="causal")
     expected = 1.0 if gating == "residual" else 1 / 3
     torch.testing.assert_close(choice.gate_N1, torch.full((6, 1), expected).double())
 
 
 def _some_rows(model):
-    from mor.model.rows import Rows
-
     ids = random_ids(1, 6)
     rows, _ = Rows.pack(ids)
     return model.model.embed_tokens(rows.token_N), rows
@@ -99,7 +103,7 @@ def _some_rows(model):
 def test_the_balancing_bias_moves_against_the_load_and_picks_only():
     """Crowded depths lose, empty ones gain; the gate keeps the score without the bias."""
     model = small_model("token_choice", router_balance="bias", router_balance_rate=0.25)
-    router = model.model.routers[0]
+    router = router_of(model)
     router.after_step(torch.tensor([10, 2, 6]))
     assert router.balance.tolist() == [-0.25, 0.25, 0.0]
     router.balance.copy_(torch.tensor([0.0, 0.0, 5.0]))
@@ -117,14 +121,14 @@ def test_the_stack_counts_the_picks_of_all_micro_batches():
     model.model.after_step([out.recursions for out in parts])
     depth = torch.cat([out.depth.flatten() for out in parts])
     load = torch.bincount(depth, minlength=4)[1:].double()
-    assert model.model.routers[0].balance.tolist() == (0.5 * (load.mean() - load).sign()).tolist()
+    assert router_of(model).balance.tolist() == (0.5 * (load.mean() - load).sign()).tolist()
 
 
 def test_the_router_learns_through_gate_and_balance():
     model = small_model("token_choice")
     ids = random_ids(2, 12)
     out = model(ids, labels=ids, rule="train")
-    weight = model.model.routers[0].body.weight
+    weight = router_of(model).get_parameter("body.weight")
     for loss in (out.loss_sum, out.router_loss_sum):
         (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
         assert grad.abs().sum() > 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from mor.config import ModelConfig
 from mor.model.mor import MoR
@@ -105,21 +104,17 @@ def test_norm_gains_do_not_decay() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_is_no_weight_matrix_does_not_decay_in_any_shape(optimizer: str) -> None:
     """Gains of each recursion, encodings and low-rank parts may have two dimensions."""
-    model = small_model(router_body="mlp", router_bias=True)
-    for name, size in {
-        "model.layers.1.input_layernorm.weight": 2,
-        "model.layers.1.post_attention_layernorm.weight": 2,
-        "model.norm.weight": 2,
-        "model.layers.1.self_attn.q_proj.lora_a": 4,
-        "model.recursion_encoding": 2,
-    }.items():
-        module, _, own_name = name.rpartition(".")
-        param = nn.Parameter(torch.ones(size, 16))
-        model.get_submodule(module).register_parameter(own_name, param)
+    model = small_model(
+        router_body="mlp",
+        router_bias=True,
+        relax_norms=True,
+        recursion_encoding=True,
+        lora_rank=2,
+    )
     groups = groups_by_name(model, optimizer=optimizer, weight_decay=0.3)
     free = {name for name, group in groups.items() if group["weight_decay"] == 0}
     assert all(groups[name]["weight_decay"] == 0.3 for name in groups.keys() - free)
-    parts = ("norm.weight", "lora_a", "recursion_encoding", "bias")
+    parts = ("norm.weight", "recursion_A", "recursion_B", "recursion_encoding", "bias")
     assert free == {name for name in groups if name.endswith(parts)}
     assert not any(is_muon(groups[name]) for name in free)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mor.config import ModelConfig
 from mor.data.loader import Batch, PreparedData, TrainLoader
@@ -111,6 +112,31 @@ def test_micro_batches_add_up_to_their_batch(
     if router == "expert_choice":
         assert all_losses[0]["router_loss"] > 0
         assert grads[0]["model.routers.2.body.weight"].abs().max() > 0
+
+
+def train_short(data: Path, out: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """Train eight steps through the public function; returns the weights."""
+    recipe = small_recipe(budget_tokens=8 * 128, eval_tokens=64, **settings)
+    train(recipe, data=PreparedData.open(data), out=out)
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("recompute", ["recursion", "layer"])
+def test_recomputing_changes_no_bit_of_a_run(
+    tiny_data: Path, tmp_path: Path, recompute: str
+) -> None:
+    plain = train_short(tiny_data, tmp_path / "plain")
+    again = train_short(tiny_data, tmp_path / "again", recompute=recompute)
+    assert all(torch.equal(plain[name], again[name]) for name in plain.keys() | again.keys())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler reads .grad of what is no leaf
+def test_a_compiled_run_comes_to_the_same_weights(tiny_data: Path, tmp_path: Path) -> None:
+    plain = train_short(tiny_data, tmp_path / "plain")
+    compiled = train_short(tiny_data, tmp_path / "compiled", compile=True)
+    for name in plain.keys() | compiled.keys():
+        torch.testing.assert_close(plain[name], compiled[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
