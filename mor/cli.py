@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import mor
+from mor.bench.config import BenchTrainConfig
 from mor.config import ModelConfig, check_choice
 from mor.data.config import PrepareConfig
 from mor.log import logger, print_json, setup_logging
@@ -139,6 +140,15 @@ class Plan:
     train: TrainConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain:
+    """Time training steps of MoR, its vanilla twin and transformers' Llama, and their memory."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchTrainConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
 def run_demo(args: Demo) -> dict[str, Any]:
     from mor.demo import demo
 
@@ -220,6 +230,17 @@ def run_plan(args: Plan) -> dict[str, Any]:
     return result
 
 
+def run_bench_train(args: BenchTrain) -> dict[str, Any]:
+    from mor.bench.table import print_table, verdict
+    from mor.bench.train import bench_train
+
+    result = bench_train(args.config)
+    print_table(result, sys.stderr if args.json else sys.stdout)
+    for line in verdict(result["rows"]):
+        logger.info("%s", line)
+    return result
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "demo": (Demo, run_demo),
     "prepare": (Prepare, run_prepare),
@@ -227,23 +248,28 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "generate": (Generate, run_generate),
     "eval": (Eval, run_eval),
     "plan": (Plan, run_plan),
+    "bench train": (BenchTrain, run_bench_train),
 }
+GROUPS = ("bench",)
+"""first words of commands of two words"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help") or args in [[group, "--help"] for group in GROUPS]:
         print(_overview())
         return 0
     if args[0] == "--version":
         print(f"mor {mor.__version__}")
         return 0
     setup_logging()
+    words = 2 if args[0] in GROUPS else 1
+    command, args = " ".join(args[:words]), args[words:]
     try:
-        check_choice("command", args[0], list(COMMANDS))
-        flags, run = COMMANDS[args[0]]
-        parsed = _parse(flags, _with_recipe(args[0], args[1:]), prog=f"mor {args[0]}")
+        check_choice("command", command, list(COMMANDS))
+        flags, run = COMMANDS[command]
+        parsed = _parse(flags, _with_recipe(command, args), prog=f"mor {command}")
         result = run(parsed)
         if parsed.json:
             print_json(result)
@@ -353,5 +379,5 @@ def _overview() -> str:
     lines = ["usage: mor COMMAND [options]     (mor COMMAND --help tells more)", ""]
     for name, (flags, _) in COMMANDS.items():
         first = (flags.__doc__ or "").strip().split("\n")[0]
-        lines.append(f"  {name:<10}{first}")
+        lines.append(f"  {name:<13}{first}")
     return "\n".join(lines)

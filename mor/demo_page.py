@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from mor.data.loader import PreparedData
 from mor.log import human_bytes, human_count
 from mor.model.generate import GeneratedToken, SamplingParams, generate
 from mor.model.mor import MoR
+from mor.ops.device import describe_machine
 from mor.report import (
     Section,
     TokenDepth,
@@ -161,7 +160,7 @@ def report_page(
         ),
     ]
     text_bytes = sum(split.bytes for split in manifest.splits.values())
-    described = {**machine(), "corpus sha256": manifest.corpus_sha256}
+    described = {**describe_machine(), "corpus sha256": manifest.corpus_sha256}
     subtitle = (
         f"{manifest.source}; {human_bytes(text_bytes)} of text, "
         f"vocabulary of {manifest.vocab_size}; {seconds:.0f} seconds in all"
@@ -198,22 +197,3 @@ def _coloured(ids: list[int], depths: list[int], model: MoR, data: PreparedData)
     pieces = data.tokenizer().pieces(ids)
     tokens = [TokenDepth(text, depth) for text, depth in zip(pieces, depths, strict=True)]
     return depth_text_html(tokens, model.config.num_recursions)
-
-
-def machine() -> dict[str, str]:
-    """Describe this machine as a benchmark must."""
-    name = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        for line in cpu_info.read_text(encoding="utf-8", errors="replace").split("\n"):
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return {
-        "processor": name,
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }

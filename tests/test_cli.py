@@ -25,7 +25,7 @@ assert not loaded, loaded
 HELP = """
 import mor.cli
 try:
-    assert mor.cli.main([{command!r}, "--help"]) == 0
+    assert mor.cli.main([*{command!r}, "--help"]) == 0
 except SystemExit as stop:
     assert not stop.code
 """
@@ -42,7 +42,7 @@ def run_python(code: str) -> float:
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_help_is_quick_and_imports_no_torch(command: str) -> None:
     """Half a second is promised; twice that is let pass on a busy machine."""
-    code = NO_TORCH.format(statement=HELP.format(command=command))
+    code = NO_TORCH.format(statement=HELP.format(command=command.split()))
     seconds = run_python(code)
     for _ in range(2):
         if seconds >= 0.5:

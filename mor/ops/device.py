@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from pathlib import Path
+
 import torch
 
 
@@ -35,3 +39,25 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Return the context in which matrix products run in dtype; nothing for None and fp32."""
     half = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+
+
+def describe_machine() -> dict[str, str]:
+    """Describe this machine as a benchmark must."""
+    name = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file():
+        for line in cpu_info.read_text(encoding="utf-8", errors="replace").split("\n"):
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    machine = {
+        "processor": name,
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return machine

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -44,6 +44,12 @@ EVAL_BATCH_TOKENS = 8192
 
 class Interrupted(Exception):
     """The user stopped a run; a checkpoint of the last whole step is on disk."""
+
+
+class Batches(Protocol):
+    """Where steps get their samples: a pure function of the sample number."""
+
+    def batch(self, first_sample: int, count: int) -> Batch: ...
 
 
 class TrainSummary(NamedTuple):
@@ -110,7 +116,7 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
                 rate = learning_rate(step, num_steps, config)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_scale"]
-                losses = _step(model, optimizer, loader, step, recipe, device, dtype, meter)
+                losses = train_step(model, optimizer, loader, step, recipe, device, dtype, meter)
                 if not all(map(math.isfinite, losses.values())):
                     raise ValueError(_bad_step(step, losses, checkpoints))
                 done = step + 1
@@ -151,10 +157,10 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
     return _finish(model, recipe, data, out, heldout, state, num_steps, flops_per_token, dtype)
 
 
-def _step(
+def train_step(
     model: MoR,
     optimizer: torch.optim.Optimizer,
-    loader: TrainLoader,
+    loader: Batches,
     step: int,
     recipe: Recipe,
     device: torch.device,

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-import torch
 from support_model import KINDS, OPTIONS, random_ids, small_config, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from mor.bench.memory import saved_bytes
 from mor.config import ModelConfig
 from mor.model import cost
 from mor.model.generate import Prefill, SamplingParams, generate
@@ -173,18 +173,7 @@ def test_training_memory_estimate_is_within_a_quarter_of_what_is_saved(recursion
     )
     model = MoR(config)
     ids = random_ids(8, 64)
-    sizes = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(ids, labels=ids, rule="train")
-    for param in model.parameters():
-        sizes.pop(param.untyped_storage().data_ptr(), None)
-    assert out.loss_sum is not None
-    measured = sum(sizes.values()) + 16 * cost.count_params(config).unique
+    saved = saved_bytes(lambda: model(ids, labels=ids, rule="train"), model)
+    measured = saved + 16 * cost.count_params(config).unique
     estimated = cost.training_bytes(config, micro_batch_tokens=ids.numel())
     assert estimated == pytest.approx(measured, rel=0.25)

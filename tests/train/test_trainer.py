@@ -72,7 +72,9 @@ def run_steps(recipe: Recipe, data: PreparedData, count: int, *, same: bool = Fa
     losses = []
     for step in range(count):
         at = 0 if same else step
-        losses.append(trainer._step(model, optimizer, loader, at, recipe, device, dtype, meter))
+        losses.append(
+            trainer.train_step(model, optimizer, loader, at, recipe, device, dtype, meter)
+        )
     return model, losses
 
 
