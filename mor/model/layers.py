@@ -126,7 +126,7 @@ class MLP(nn.Module):
         self.up_proj = make("up_proj", d, inner)
         self.down_proj = make("down_proj", inner, d)
 
-    def forward(self, x_ND: Tensor, recursion: int) -> Tensor:
+    def forward(self, x_ND: Tensor, recursion: int = 0) -> Tensor:
         gated = F.silu(self.gate_proj(x_ND, recursion)) * self.up_proj(x_ND, recursion)
         return self.down_proj(gated, recursion)
 

@@ -68,12 +68,12 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
     for layer in stack.prelude:
         x_BTD = layer(x_BTD, rotary, attend_among(real_BT))
 
-    start_BTD, token_gate_BT1, token_depth_BT = x_BTD, None, None
+    start_BTD, token_score_BTR, token_depth_BT = x_BTD, None, None
     active_BT = real_BT
     depth_BT = torch.zeros_like(segment_BT)
     router_loss: Tensor | None = None
     if config.router == "token_choice":
-        token_depth_BT, token_gate_BT1, router_loss = _token_choice(stack, x_BTD, real_BT, rule)
+        token_depth_BT, token_score_BTR, router_loss = _token_choice(stack, x_BTD, real_BT, rule)
     stats = []
     for r in range(config.num_recursions):
         gate_BT1, score_N, score_BT, candidate_BT = None, x_ND.new_empty(0), None, active_BT
@@ -109,12 +109,20 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
             block_BTD = layer(block_BTD, rotary, attend_in_block(index, r, active_BT), r)
         if stack.recursion_encoding is not None:
             block_BTD = block_BTD * stack.recursion_encoding[r]
-        gating = "none" if token_depth_BT is not None else config.gating
-        joined_BTD = join(x_BTD, block_BTD, gate_BT1, gating)
+        if token_score_BTR is None:
+            joined_BTD = join(x_BTD, block_BTD, gate_BT1, config.gating)
+        elif config.gating == "weighted":
+            joined_BTD = config.router_alpha * token_score_BTR[..., r, None] * block_BTD
+        else:
+            joined_BTD = block_BTD
         x_BTD = torch.where(active_BT[..., None], joined_BTD, x_BTD)
         depth_BT = depth_BT + active_BT
-    if token_gate_BT1 is not None:
-        x_BTD = join(start_BTD, x_BTD, token_gate_BT1, config.gating)
+    if token_score_BTR is not None and config.gating in ("weighted", "additive"):
+        x_BTD = start_BTD + x_BTD
+    if token_score_BTR is not None and config.gating == "residual":
+        even = config.num_recursions if config.router_score == "softmax" else 2
+        gate_BT1 = even * token_score_BTR.gather(-1, depth_BT.clamp(min=1)[..., None] - 1)
+        x_BTD = start_BTD + gate_BT1 * (x_BTD - start_BTD)
 
     for layer in stack.coda:
         x_BTD = layer(x_BTD, rotary, attend_among(real_BT))
@@ -124,15 +132,11 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
 def _token_choice(
     stack: Stack, x_BTD: Tensor, real_BT: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return every token's depth and gate, and the weighted losses in training."""
+    """Return every token's depth and scores, and the weighted losses in training."""
     config, router = stack.config, cast(TokenRouter, stack.routers[0])
     logit_BTR, score_BTR = router.scores(x_BTD)
     biased_BTR = score_BTR + (router.balance if config.router_balance == "bias" else 0)
     choice_BT = biased_BTR.argmax(-1)
-    picked_BT1 = score_BTR.gather(-1, choice_BT[..., None])
-    factor = config.router_alpha
-    if config.gating == "residual":
-        factor = config.num_recursions if config.router_score == "softmax" else 2
     loss = None
     if rule == "train" and config.router_balance == "loss":
         loss = torch.zeros((), dtype=x_BTD.dtype, device=x_BTD.device)
@@ -146,7 +150,7 @@ def _token_choice(
     if rule == "train" and config.router_z_loss_coef:
         z_loss = config.router_z_loss_coef * logit_BTR[real_BT].logsumexp(-1).square().sum()
         loss = z_loss if loss is None else loss + z_loss
-    return choice_BT + 1, factor * picked_BT1, loss
+    return choice_BT + 1, score_BTR, loss
 
 
 def _chosen(

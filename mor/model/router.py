@@ -195,12 +195,15 @@ def join(x_AD: Tensor, block_AD: Tensor, gate_A1: Tensor | None, gating: str) ->
     residual  x + g (block(x) - x), with g = 2 sigmoid(z)        (1 at zero router weights)
     additive  x + block(x)                                        (the paper's, no gate)
     none      block(x)                                            (a hard decision)
+    scaled    g block(x)                                          (token choice, before its exit)
     """
     if gating == "additive":
         return x_AD + block_AD
     if gate_A1 is None or gating == "none":
         return block_AD
     gate_A1 = gate_A1.to(x_AD.dtype)
+    if gating == "scaled":
+        return gate_A1 * block_AD
     if gating == "residual":
         return x_AD + gate_A1 * (block_AD - x_AD)
     return x_AD + gate_A1 * block_AD

@@ -125,7 +125,7 @@ class Stack(nn.Module):
         start_ND, choice, gating = x_ND, None, self.config.gating
         if self.config.router == "token_choice":
             choice = cast(TokenRouter, self.routers[0])(x_ND, rows, rule=rule)
-            gating = "none"  # inside; the result joins once, at the end
+            gating = "scaled" if choice.step_gate_NR is not None else "none"
         depth_N = torch.zeros(len(rows), dtype=torch.int64, device=x_ND.device)
         origin_N = torch.arange(len(rows), device=x_ND.device)
         router_loss = None if choice is None else choice.loss
@@ -153,7 +153,8 @@ class Stack(nn.Module):
         for before_ND, index_A in reversed(left):
             x_ND = before_ND.index_copy(0, index_A, x_ND)
         if choice is not None:
-            x_ND = join(start_ND, x_ND, choice.gate_N1, self.config.gating)
+            at_exit = "additive" if choice.step_gate_NR is not None else self.config.gating
+            x_ND = join(start_ND, x_ND, choice.exit_gate_N1, at_exit)
         return x_ND, depth_N, router_loss, stats
 
     def _route(
@@ -167,7 +168,7 @@ class Stack(nn.Module):
     ) -> Routing | None:
         """Ask who of the candidate rows goes on; None without a router."""
         if choice is not None:
-            return choice.routing(recursion, rows, origin_N)
+            return choice.routing(recursion, x_ND, origin_N)
         if not self.config.has_router:
             return None
         return self.router(recursion)(x_ND, rows, rule=rule)

@@ -21,26 +21,35 @@ class TokenChoice(NamedTuple):
 
     depth_N: Tensor
     """recursions to take, 1..R"""
-    gate_N1: Tensor
-    """factor on the result of the last of them, fp32 or wider"""
+    step_gate_NR: Tensor | None
+    """factor on what each recursion makes of the state it got; None for 1"""
+    exit_gate_N1: Tensor | None
+    """factor at the exit, where the last result joins what recursion 1 got; None for 1"""
     loss: Tensor | None
     """weighted losses, summed over rows; None outside training or without any"""
 
-    def routing(self, recursion: int, rows: Rows, origin_N: Tensor) -> Routing:
+    def routing(self, recursion: int, x_ND: Tensor, origin_N: Tensor) -> Routing:
         """Say who of a recursion's candidates goes on; origin_N is their place among all rows."""
-        none = self.gate_N1.new_empty(0)
-        if recursion == 0:
-            return Routing(None, None, None, none, None, torch.tensor(len(rows)))
-        index_A = (self.depth_N[origin_N] > recursion).nonzero()[:, 0]
-        return Routing(index_A, None, None, none, None, torch.tensor(len(index_A)))
+        index_A, num_active = None, len(x_ND)
+        if recursion > 0:
+            index_A = (self.depth_N[origin_N] > recursion).nonzero()[:, 0]
+            origin_N, num_active = origin_N[index_A], len(index_A)
+        gate_A1 = None
+        if self.step_gate_NR is not None:
+            gate_A1 = self.step_gate_NR[origin_N, recursion, None]
+        no_scores, passing = x_ND.new_empty(0), torch.tensor(num_active)
+        return Routing(index_A, None, gate_A1, no_scores, None, passing)
 
 
 class TokenRouter(WideModule):
     """Scores every depth and picks the best.
 
-    s = softmax(W x) or sigmoid(W x); depth = argmax_i (s_i + b_i); gate = alpha s_depth
-    Source: token choice, arXiv 2507.10524 Eq. 2.2, gated once at the exit as in the public code;
-    the bias b after Wang et al., arXiv 2408.15664.
+    s = softmax(W x) or sigmoid(W x); depth = argmax_i (s_i + b_i)
+    weighted  h_r = alpha s_r f_r(h_(r-1)), h_0 = x; the result is x + h_depth
+    residual  h_r = f_r(h_(r-1)); the result is x + g (h_depth - x), g = R s_depth (sigmoid: 2)
+    additive and none: h_r as in residual; x + h_depth, and h_depth
+    Source: token choice, arXiv 2507.10524 Eq. 2.2 (the public code gates at the exit alone); the
+    bias b after Wang et al., arXiv 2408.15664.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -59,22 +68,18 @@ class TokenRouter(WideModule):
             return logit_NR, logit_NR.softmax(-1)
         return logit_NR, logit_NR.sigmoid()
 
-    def gate(self, score_N: Tensor) -> Tensor:
-        """Turn chosen scores into the factor that `join` applies; residual: 1 at zero weights."""
-        config = self.config
-        if config.gating != "residual":
-            return config.router_alpha * score_N
-        return score_N * (config.num_recursions if config.router_score == "softmax" else 2)
-
     def forward(self, x_ND: Tensor, rows: Rows, *, rule: Rule) -> TokenChoice:
         """Decide for all rows; x_ND is what recursion 1 gets."""
         logit_NR, score_NR = self.scores(x_ND)
         choice_N = (score_NR.detach() + self.balance).argmax(-1)
-        picked_N = score_NR.gather(-1, choice_N[:, None])[:, 0]
-        loss = None
-        if rule == "train":
-            loss = self.loss(logit_NR, score_NR, choice_N, rows)
-        return TokenChoice(choice_N + 1, self.gate(picked_N)[:, None], loss)
+        loss = self.loss(logit_NR, score_NR, choice_N, rows) if rule == "train" else None
+        step_gate_NR = exit_gate_N1 = None
+        if self.config.gating == "weighted":
+            step_gate_NR = self.config.router_alpha * score_NR
+        if self.config.gating == "residual":  # 1 at zero weights
+            even = self.config.num_recursions if self.config.router_score == "softmax" else 2
+            exit_gate_N1 = even * score_NR.gather(-1, choice_N[:, None])
+        return TokenChoice(choice_N + 1, step_gate_NR, exit_gate_N1, loss)
 
     def loss(
         self, logit_NR: Tensor, score_NR: Tensor, choice_N: Tensor, rows: Rows

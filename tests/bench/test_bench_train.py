@@ -135,8 +135,8 @@ def test_work_that_the_cost_model_does_not_know_is_found(monkeypatch: Patch):
     contender = OurContender(job_of("mor3"))
     forward = MLP.forward
 
-    def twice(self: MLP, x_ND: torch.Tensor) -> torch.Tensor:
-        return forward(self, x_ND) + 0 * forward(self, x_ND)
+    def twice(self: MLP, x_ND: torch.Tensor, recursion: int = 0) -> torch.Tensor:
+        return forward(self, x_ND, recursion) + 0 * forward(self, x_ND, recursion)
 
     monkeypatch.setattr(MLP, "forward", twice)
     with pytest.raises(RuntimeError, match="FLOPs in a step"):

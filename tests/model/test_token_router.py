@@ -39,12 +39,14 @@ def naive_token_choice(model, x_TD):
         for layer in stack.block(r):
             block = layer(block, rotary, Attend(naive_attention))
         h_TD = h_TD.clone()
-        h_TD[chosen] = block
+        for row, t in enumerate(chosen):
+            gate = config.router_alpha * scores[t][r] if config.gating == "weighted" else 1.0
+            h_TD[t] = gate * block[row]
     out_TD = x_TD.clone()
     for t in range(T):
         score = scores[t][depth[t] - 1]
         if config.gating == "weighted":
-            out_TD[t] = x_TD[t] + config.router_alpha * score * h_TD[t]
+            out_TD[t] = x_TD[t] + h_TD[t]
         elif config.gating == "residual":
             gate = score * (R if config.router_score == "softmax" else 2)
             out_TD[t] = x_TD[t] + gate * (h_TD[t] - x_TD[t])
@@ -85,13 +87,12 @@ def test_the_choice_is_the_same_in_training_and_outside():
     assert torch.equal(model(ids, rule="train").depth, model(ids, rule="causal").depth)
 
 
-@pytest.mark.parametrize("gating", ["weighted", "residual"])
-def test_residual_gates_are_one_at_zero_weights(gating):
-    model = small_model("token_choice", gating)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_residual_gate_is_one_at_zero_weights(score):
+    model = small_model("token_choice", "residual", router_score=score)
     torch.nn.init.zeros_(router_of(model).get_parameter("body.weight"))
     choice = router_of(model)(*_some_rows(model), rule="causal")
-    expected = 1.0 if gating == "residual" else 1 / 3
-    torch.testing.assert_close(choice.gate_N1, torch.full((6, 1), expected).double())
+    torch.testing.assert_close(choice.exit_gate_N1, torch.ones(6, 1).double())
 
 
 def _some_rows(model):
@@ -110,7 +111,7 @@ def test_the_balancing_bias_moves_against_the_load_and_picks_only():
     out = router(*_some_rows(model), rule="train")
     assert out.depth_N.tolist() == [3] * 6
     score_NR = router.scores(_some_rows(model)[0])[1]
-    torch.testing.assert_close(out.gate_N1[:, 0], score_NR[:, 2])
+    torch.testing.assert_close(out.step_gate_NR, score_NR)
     assert out.loss is None
     assert "model.routers.0.balance" in model.state_dict()
 
