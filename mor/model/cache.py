@@ -97,6 +97,12 @@ class KVGroup:
             self.kv_2LBSGK = kv
         return CachedView(self, rows, start_B)
 
+    def reorder(self, index_B: Tensor) -> None:
+        """Let sequence b go on from what sequence index_B[b] holds; their number may change."""
+        self.kv_2LBSGK = self.kv_2LBSGK[:, :, index_B]
+        self.count_B = self.count_B[index_B]
+        self.max_count = int(self.count_B.max()) if len(index_B) else 0
+
 
 class CachedView:
     """Rows attend to what their group holds of their sequence, themselves included."""
@@ -157,3 +163,9 @@ class KVCache:
             a_token = 2 * kv.shape[1] * kv.shape[4] * kv.shape[5] * kv.element_size()
             total += a_token * int(group.count_B.sum())
         return total
+
+    def reorder(self, index_B: Tensor) -> None:
+        """Let sequence b go on from what sequence index_B[b] holds, as beam search asks."""
+        self.length_B = self.length_B[index_B]
+        for group in {id(group): group for group in (self.own, *self.block)}.values():
+            group.reorder(index_B)
