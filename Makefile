@@ -8,15 +8,18 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 
 PY = $(VENV)/bin/python
+# transformers and what it needs in older versions than constraints.txt has
+HF_LOWEST = transformers==5.0.0 peft==0.18.0 tokenizers==0.22.2 huggingface_hub==1.33.0 \
+	httpx==0.28.1 httpcore==1.0.9 typer-slim==0.24.0
 STAMP = $(VENV)/.mor-setup
 VERSION_OK = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 TORCH_OK = import importlib.metadata as m, re; v = m.version("torch"); \
 	print(v if tuple(map(int, re.findall(r"\d+", v)[:2])) >= (2, 11) else "")
 
-.PHONY: help setup demo test test-slow lint check clean
+.PHONY: help setup demo test test-slow test-hf-lowest lint check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## make .venv and install everything (PYTHON=..., PIP_ARGS=...)
 
@@ -24,10 +27,15 @@ demo: setup ## train, compare and report in about six minutes (OUT=runs/demo)
 	$(VENV)/bin/mor demo --out $(OUT)
 
 test: setup check ## style, types, import contracts and the quick tests (PYTEST_ARGS=...)
-	$(VENV)/bin/pytest -n $(JOBS) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: setup ## the other tests; those for a GPU are skipped without one
 	$(VENV)/bin/pytest -m "slow or gpu" $(PYTEST_ARGS)
+
+test-hf-lowest: setup ## the Hugging Face adapter, with the oldest versions that it promises
+	$(PY) -m pip install $(PIP_ARGS) -q --no-deps --upgrade --target $(VENV)/hf-lowest $(HF_LOWEST)
+	PYTHONPATH=$(abspath $(VENV)/hf-lowest) $(PY) -c 'import transformers as t; print("transformers", t.__version__)'
+	PYTHONPATH=$(abspath $(VENV)/hf-lowest) $(VENV)/bin/pytest tests/test_hf*.py $(PYTEST_ARGS)
 
 lint: setup ## style
 	$(VENV)/bin/ruff check .

@@ -102,8 +102,12 @@ class Tokenizer:
         return pieces
 
     def fingerprint(self) -> str:
-        """Return the SHA-256, in hex, of the tokenizer's JSON with sorted keys."""
-        canonical = json.dumps(json.loads(self._raw.to_str()), sort_keys=True)
+        """Return the SHA-256, in hex, of the tokenizer's JSON with sorted keys.
+
+        Templates that put special tokens around a text are left out, since `encode` uses none.
+        """
+        parts = json.loads(self._raw.to_str()) | {"post_processor": None}
+        canonical = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 

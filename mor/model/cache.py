@@ -51,12 +51,12 @@ class KVGroup:
         self.position_BS[rows.sequence_N, view.write_N] = rows.position_N
         return view
 
-    def select(self, index_B: Tensor) -> None:
-        """Keep, repeat or reorder sequences: afterwards sequence i is what index_B[i] was."""
+    def reorder(self, index_B: Tensor) -> None:
+        """Let sequence b go on from what sequence index_B[b] holds; their number may change."""
         self.kv_2LBSGK = self.kv_2LBSGK[:, :, index_B]
         self.position_BS = self.position_BS[index_B]
         self.count_B = self.count_B[index_B]
-        self.max_count = int(self.count_B.max())
+        self.max_count = int(self.count_B.max()) if len(index_B) else 0
 
 
 class CachedView:
@@ -166,11 +166,11 @@ class KVCache:
         self.length_B = self.length_B + rows.count_B
         return CachedKeys(self, rows)
 
-    def select(self, index_B: Tensor) -> None:
-        """Keep, repeat or reorder sequences: afterwards sequence i is what index_B[i] was."""
-        for group in (self.own, *self.block):
-            group.select(index_B)
+    def reorder(self, index_B: Tensor) -> None:
+        """Let sequence b go on from what sequence index_B[b] holds, as beam search asks."""
         self.length_B = self.length_B[index_B]
+        for group in (self.own, *self.block):
+            group.reorder(index_B)
 
     @property
     def kv_bytes(self) -> int:
