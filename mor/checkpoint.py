@@ -6,6 +6,7 @@ as a model of one recursion. Only safetensors are read, never pickles.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ def load_model(
     model = model.to(dtype=dtype, device=device).eval()
     assert_sharing(model)
     return model
+
+
+def load_calibration(folder: Path) -> dict[str, Any] | None:
+    """Read what a model folder keeps of its routers' scores; None where it has none."""
+    path = folder / "calibration.json"
+    if not path.is_file():
+        return None
+    try:
+        calibration = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(calibration, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return calibration
 
 
 def load_state(model: MoR, tensors: dict[str, Tensor], *, where: str, assign: bool = True) -> None:

@@ -71,15 +71,21 @@ class TokenRouter(WideModule):
     def forward(self, x_ND: Tensor, rows: Rows, *, rule: Rule) -> TokenChoice:
         """Decide for all rows; x_ND is what recursion 1 gets."""
         logit_NR, score_NR = self.scores(x_ND)
+        choice = self.choose(score_NR)
+        if rule != "train":
+            return choice
+        return choice._replace(loss=self.loss(logit_NR, score_NR, choice.depth_N - 1, rows))
+
+    def choose(self, score_NR: Tensor) -> TokenChoice:
+        """Pick every row's depth by its scores, and the gates that go with it."""
         choice_N = (score_NR.detach() + self.balance).argmax(-1)
-        loss = self.loss(logit_NR, score_NR, choice_N, rows) if rule == "train" else None
         step_gate_NR = exit_gate_N1 = None
         if self.config.gating == "weighted":
             step_gate_NR = self.config.router_alpha * score_NR
         if self.config.gating == "residual":  # 1 at zero weights
             even = self.config.num_recursions if self.config.router_score == "softmax" else 2
             exit_gate_N1 = even * score_NR.gather(-1, choice_N[:, None])
-        return TokenChoice(choice_N + 1, step_gate_NR, exit_gate_N1, loss)
+        return TokenChoice(choice_N + 1, step_gate_NR, exit_gate_N1, None)
 
     def loss(
         self, logit_NR: Tensor, score_NR: Tensor, choice_N: Tensor, rows: Rows

@@ -1,0 +1,48 @@
+"""Settings of the engine, with vLLM's names. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mor.config import check_choice
+
+Backend = Literal["auto", "native", "torch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How much runs at a time. Raises ValueError, in one line, for values that do not fit."""
+
+    max_num_seqs: int = 32
+    """requests that run at a time"""
+    max_num_batched_tokens: int = 512
+    """rows of one call of the block: decode rows and prompt rows together"""
+    max_model_len: int = 0
+    """longest prompt and answer together, in tokens; 0 for the model's context"""
+    block_size: int = 16
+    """tokens in a page of the shared block's keys and values, and between prefix cache entries"""
+    kv_cache_bytes: int = 0
+    """bytes of all keys and values; 0 for all requests at full length and depth, at most 2 GiB"""
+    enable_prefix_caching: bool = True
+    """keep keys and values of finished prompts and answers for requests that begin alike"""
+    coda_period: int = 0
+    """ticks from one call of the coda to the next; 0 for what measured times say"""
+    backend: Backend = "auto"
+    """native: compiled kernels; torch: the plain path; auto: native where it can be had"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "block_size", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and 1 <= value < 2**20):
+                raise ValueError(f"{name} is {value!r}; give a whole number from 1 to 1048575")
+        for name in ("kv_cache_bytes", "max_model_len", "coda_period"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 0):
+                raise ValueError(f"{name} is {value!r}; give 0 (automatic) or more")
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} leaves no row for prompts "
+                f"beside max_num_seqs {self.max_num_seqs} decode rows; give a larger one"
+            )
+        check_choice("backend", self.backend, ("auto", "native", "torch"))

@@ -1,0 +1,426 @@
+"""The engine: depth-wise continuous batching. A step is schedule, run, update.
+
+    add() -> waiting -> schedule() -> prelude -> block, once a tick -> coda -> sample -> output
+
+Rows of all depths share a call of the block; a token that leaves costs nothing further. Prompts,
+cache writes and sampling are part of every step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mor.checkpoint import load_calibration, load_model
+from mor.engine.blocks import BlockManager, Layout
+from mor.engine.config import EngineConfig
+from mor.engine.core import DepthPolicy, Flight, Request
+from mor.engine.depth import depth_policy
+from mor.engine.groups import build_groups
+from mor.engine.outputs import RequestOutput, StepOutput, output_of
+from mor.engine.params import SamplingParams
+from mor.engine.prefix import PrefixCache
+from mor.engine.runner import Finished, Runner
+from mor.engine.sampler import Sampled, Sampler, SampleRow
+from mor.engine.scheduler import Scheduler
+from mor.engine.stops import StopChecker
+from mor.log import progress
+from mor.model.mor import MoR
+from mor.tokenizer import Tokenizer
+
+DEFAULT_KV_BYTES = 2**31
+
+Prompt = str | Sequence[int]
+OnOutput = Callable[[StepOutput], None]
+
+
+class Engine:
+    """Runs many requests at a time on one model. Not thread-safe: one thread steps it.
+
+    model        in evaluation mode, on its device
+    tokenizer    for text prompts, text out and stop strings; ids work without
+    calibration  score quantiles of the model folder, for target depths
+    Raises       ValueError for keys and values of the strategy `hybrid`, and for sizes that do not
+                 fit
+    """
+
+    def __init__(
+        self,
+        model: MoR,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        calibration: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.config = config = config or EngineConfig()
+        self.tokenizer = tokenizer
+        self.calibration = calibration
+        context = model.config.max_position_embeddings
+        self.max_model_len = config.max_model_len or context
+        if self.max_model_len > context:
+            raise ValueError(
+                f"max_model_len is {self.max_model_len}, the model's context is {context}; "
+                "give at most that"
+            )
+        if model.config.kv_strategy == "hybrid":
+            raise ValueError(
+                "kv_strategy hybrid is not served by the engine; use per_recursion or shared"
+            )
+        layout = Layout.of(model.config, config.block_size)
+        weight = model.model.embed_tokens.weight
+        page_bytes = layout.page_elements * weight.element_size()
+        num_pages = self._num_pages(layout, page_bytes)
+        self.page_bytes = page_bytes
+        self.blocks = BlockManager(layout, num_pages, config.max_num_seqs, self.max_model_len)
+        self.prefix = None
+        if config.enable_prefix_caching:
+            self.prefix = PrefixCache(self.blocks, config.block_size)
+            self.blocks.evict = self.prefix.evict
+        pool = torch.empty(
+            num_pages, layout.page_elements, dtype=weight.dtype, device=weight.device
+        )
+        num_rows = config.max_num_seqs + 2 * config.max_num_batched_tokens
+        self.groups = build_groups(model, pool, layout, config)
+        self.runner = Runner(model, self.groups, self.blocks, num_rows=num_rows)
+        self.scheduler = Scheduler(
+            config,
+            self.blocks,
+            self.prefix,
+            num_recursions=model.config.num_recursions,
+            num_rows=num_rows,
+            coda_period=self._coda_period,
+        )
+        self.sampler = Sampler(argmax=self.groups.argmax)
+        self.thresholds = self.runner.router.thresholds()
+        self.requests: dict[str, list[Request]] = {}
+        self.callbacks: dict[str, OnOutput] = {}
+        self._ids = itertools.count()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        config: EngineConfig | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Engine:
+        """Open a model folder, its tokenizer and calibration."""
+        model = load_model(folder, dtype=dtype, device=device)
+        tokenizer = Tokenizer.load(folder, eos_token=model.config.eos_token_id)
+        return cls(model, config, tokenizer=tokenizer, calibration=load_calibration(folder))
+
+    def _num_pages(self, layout: Layout, page_bytes: int) -> int:
+        depth = layout.num_depths
+        worst = layout.worst_pages(self.max_model_len, depth)
+        if self.config.kv_cache_bytes:
+            num_pages = self.config.kv_cache_bytes // page_bytes
+        else:
+            num_pages = min(
+                worst * self.config.max_num_seqs, max(worst, DEFAULT_KV_BYTES // page_bytes)
+            )
+        if num_pages < layout.num_tables:
+            raise ValueError(
+                f"kv_cache_bytes is {self.config.kv_cache_bytes}, but one token needs "
+                f"{layout.num_tables * page_bytes}; give more"
+            )
+        return num_pages
+
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        on_output: OnOutput | None = None,
+    ) -> str:
+        """Queue a prompt, text or token ids; returns the request's id.
+
+        on_output  called with every piece; if it raises, the request ends with an error
+        Raises     ValueError, in one line, for what cannot be served; nothing is queued then
+        """
+        params = params or SamplingParams()
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        if request_id in self.requests:
+            raise ValueError(f"request_id {request_id!r} is in use; give another")
+        ids = self._prompt_ids(prompt)
+        self._check_size(ids, params)
+        params.check_vocab(self.model.config.vocab_size)
+        policy = depth_policy(
+            params,
+            self.model.config,
+            thresholds=self.thresholds,
+            calibration=self.calibration,
+        )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        answers = [
+            self._answer(request_id, index, ids, params, policy, seed) for index in range(params.n)
+        ]
+        self.requests[request_id] = answers
+        if on_output is not None:
+            self.callbacks[request_id] = on_output
+        for answer in answers:
+            self.scheduler.add(answer)
+        return request_id
+
+    def _answer(
+        self,
+        request_id: str,
+        index: int,
+        ids: list[int],
+        params: SamplingParams,
+        policy: DepthPolicy,
+        seed: int,
+    ) -> Request:
+        """Make the request of one of the n answers to a prompt."""
+        eos = self.model.config.eos_token_id
+        output_ids: list[int] = []
+        return Request(
+            request_id=request_id,
+            index=index,
+            prompt_ids=ids,
+            params=params,
+            policy=policy,
+            stops=StopChecker(
+                params,
+                eos_token_id=eos,
+                max_tokens=self.max_model_len - len(ids),
+                tokenizer=self.tokenizer,
+            ),
+            sample_row=SampleRow(
+                params=params,
+                seed=seed,
+                sample=index,
+                prompt_ids=ids,
+                output_ids=output_ids,
+                eos_id=eos,
+            ),
+            output_ids=output_ids,
+        )
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the prompt is text, but there is no tokenizer; give token ids")
+            bos = self.model.config.bos_token_id
+            return [*([] if bos is None else [bos]), *self.tokenizer.encode(prompt)]
+        return list(prompt)
+
+    def _check_size(self, ids: list[int], params: SamplingParams) -> None:
+        vocab = self.model.config.vocab_size
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        outside = [token for token in ids if not 0 <= token < vocab]
+        if outside:
+            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab} entries")
+        if len(ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the context {self.max_model_len}; shorten it"
+            )
+        room = self.max_model_len - len(ids)
+        new = room if params.max_tokens is None else min(params.max_tokens, room)
+        depth = params.max_recursions or self.model.config.num_recursions
+        pages = self.blocks.layout.worst_pages(len(ids) + new, depth)
+        if pages > self.blocks.num_pages:
+            raise ValueError(
+                f"{len(ids)} prompt tokens and {new} new ones may need {pages} pages of keys and "
+                f"values, there are {self.blocks.num_pages}; ask for fewer or raise kv_cache_bytes"
+            )
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is; what it held is free at once. Unknown ids are ignored."""
+        for answer in self.requests.get(request_id, []):
+            if answer.finish_reason is None:
+                self._finish(answer, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[StepOutput]:
+        """Run one tick; returns what it brought."""
+        batch = self.scheduler.schedule()
+        self.runner.advance(batch)
+        due = self.scheduler.collect(batch)
+        return self._update(due, self.runner.finish(due)) if due else []
+
+    def _update(self, due: list[Flight], finished: Finished) -> list[StepOutput]:
+        """Note depths, draw tokens, end what is done."""
+        outputs: dict[int, StepOutput] = {}
+        drawing: list[tuple[Request, int]] = []
+        for flight, part, depths in zip(due, finished.rows, finished.depths, strict=True):
+            request = flight.request
+            self._note_depths(flight, depths, outputs)
+            if request.params.prompt_logprobs is not None:
+                self._note_prompt_logprobs(flight, finished, part)
+            if flight.wants_logits:
+                drawing.append((request, part.stop - 1))
+            self.scheduler.retire(flight)
+            self.scheduler.remember(request)
+        if drawing:
+            assert finished.logits_MV is not None
+            rows = [row for _, row in drawing]
+            logits = finished.logits_MV
+            if len(rows) < len(logits):
+                logits = logits[rows]
+            sampled = self.sampler.sample(logits, [r.sample_row for r, _ in drawing])
+            self._note_tokens([request for request, _ in drawing], sampled, outputs)
+        pieces = list(outputs.values())
+        for piece in pieces:
+            self._tell(piece)
+        return pieces
+
+    def _note_depths(
+        self, flight: Flight, depths: list[int], outputs: dict[int, StepOutput]
+    ) -> None:
+        request = flight.request
+        request.num_done = flight.stop
+        fresh = depths[max(len(request.depths) - flight.start, 0) :]
+        request.depths.extend(fresh)
+        tables = range(1, self.blocks.layout.num_depths + 1)
+        stored = [sum(1 for depth in depths if depth >= table) for table in tables]
+        self.scheduler.see_depths(stored, len(depths))
+        self._piece(request, outputs).depths.extend(fresh)
+
+    def _note_tokens(
+        self, requests: list[Request], sampled: Sampled, outputs: dict[int, StepOutput]
+    ) -> None:
+        now = time.perf_counter()
+        tokens, failed = sampled.token_N.tolist(), sampled.failed_N.tolist()
+        for place, request in enumerate(requests):
+            piece = self._piece(request, outputs)
+            if failed[place]:
+                request.error = "the logits are not finite; check the weights"
+                self._finish(request, "error", piece)
+                continue
+            token = tokens[place]
+            request.first_token_s = request.first_token_s or now
+            request.output_ids.append(token)
+            if place in sampled.logprobs:
+                request.logprobs.append(sampled.logprobs[place])
+            update = request.stops.push(token)
+            request.text += update.text
+            piece.token_ids.append(token)
+            piece.text += update.text
+            if update.finish_reason is not None:
+                request.stop_reason = update.stop_reason
+                self._finish(request, update.finish_reason, piece)
+
+    def _note_prompt_logprobs(self, flight: Flight, finished: Finished, part: slice) -> None:
+        """Note log-probabilities of the prompt tokens that follow a chunk's tokens."""
+        request = flight.request
+        if not request.prompt_logprobs:
+            request.prompt_logprobs.append(None)  # nothing stands before the first token
+        first = len(request.prompt_logprobs) - 1
+        last = min(flight.stop, len(request.prompt_ids) - 1)
+        if first < flight.start or first >= last or finished.logits_MV is None:
+            return
+        top = request.params.prompt_logprobs
+        assert top is not None
+        logits = finished.logits_MV[part][first - flight.start : last - flight.start]
+        following = request.prompt_ids[first + 1 : last + 1]
+        request.prompt_logprobs.extend(self.sampler.logprobs(logits, following, top))
+
+    def _piece(self, request: Request, outputs: dict[int, StepOutput]) -> StepOutput:
+        piece = outputs.get(id(request))
+        if piece is None:
+            piece = outputs[id(request)] = StepOutput(request.request_id, request.index)
+        return piece
+
+    def _finish(self, request: Request, reason: str, piece: StepOutput | None = None) -> None:
+        self.scheduler.finish(request)
+        request.finish_reason = reason
+        if piece is not None:
+            piece.finish_reason, piece.stop_reason = reason, request.stop_reason
+            piece.error = request.error
+
+    def _tell(self, piece: StepOutput) -> None:
+        """Hand a piece to whoever asked for it; a callback that raises ends its request."""
+        callback = self.callbacks.get(piece.request_id)
+        if callback is None:
+            return
+        try:
+            callback(piece)
+        except Exception as error:
+            del self.callbacks[piece.request_id]
+            for answer in self.requests[piece.request_id]:
+                if answer.finish_reason is None:
+                    answer.error = f"the request's callback raised {type(error).__name__}: {error}"
+                    self._finish(answer, "error")
+
+    def result(self, request_id: str) -> RequestOutput:
+        """Return a request as it stands."""
+        return output_of(request_id, self.requests[request_id], self.model.config)
+
+    def is_done(self, request_id: str) -> bool:
+        return all(answer.finish_reason is not None for answer in self.requests[request_id])
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept of a request; one that runs is ended first."""
+        self.abort(request_id)
+        self.requests.pop(request_id, None)
+        self.callbacks.pop(request_id, None)
+
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Run prompts to their end and return them in order.
+
+        params    for all prompts, or one for each
+        use_tqdm  show progress
+        Raises    ValueError when a prompt cannot be served; none runs then
+        """
+        prompts = list(prompts)
+        each = params if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} params for {len(prompts)} prompts; give one each")
+        ids: list[str] = []
+        try:
+            for prompt, wanted in zip(prompts, each, strict=True):
+                ids.append(self.add(prompt, wanted))
+            with progress("requests", len(ids) if use_tqdm else 0) as bar:
+                while self.has_work:
+                    done = sum(piece.finish_reason is not None for piece in self.step())
+                    bar.advance(done)
+            return [self.result(request_id) for request_id in ids]
+        finally:
+            for request_id in ids:
+                self.forget(request_id)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StepOutput]:
+        """Run one prompt and yield its pieces; leaving early ends the request."""
+        request_id = self.add(prompt, params)
+        try:
+            while not self.is_done(request_id):
+                yield from (p for p in self.step() if p.request_id == request_id)
+        finally:
+            self.forget(request_id)
+
+    def _coda_period(self, num_running: int) -> int:
+        return self.config.coda_period or 1
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that running requests hold, page rounding left out."""
+        layout = self.blocks.layout
+        own, block = self.blocks.tokens_stored
+        a_layer = self.page_bytes // (layout.block_layers * layout.block_page_tokens)
+        return a_layer * (own * layout.own_layers + block * layout.block_layers)
+
+    def check_integrity(self) -> None:
+        """Assert that every page, row and slot is in one place, and that nothing leaks when idle."""
+        self.scheduler.check_integrity()
+        if not self.has_work:
+            assert self.blocks.num_used == 0, "pages leak"
+            assert not self.scheduler.in_block and not self.scheduler.ready, "flights leak"

@@ -1,0 +1,170 @@
+"""Groups of layers over rows of mixed depth and paged keys and values: the plain path in torch.
+
+The mathematics is `mor.model.layers`; what is new is that each row has a table and a count instead
+of a batch's mask, and that rows of different recursions stand in one call, ordered by recursion.
+Shapes: N rows, D width, H query heads, G key heads, K head size, V vocabulary, T tables, M pages of
+the longest table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mor.model.layers import Layer, Projection, RMSNorm, Rotary, rotary_angles, rotate
+from mor.model.mor import MoR
+from mor.ops.paged import paged_attention_reference, store_reference
+
+GroupName = Literal["prelude", "block", "coda"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """Where the rows of one call stand. Rows are ordered by recursion."""
+
+    position_N: Tensor
+    """int32"""
+    recursion_starts: tuple[int, ...]
+    """first row of each recursion, R + 1 values; prelude and coda count as recursion 0"""
+    tables_TM: Tensor
+    """int32, pages of every table"""
+    table_N: Tensor
+    """int32, the table that a row reads"""
+    count_N: Tensor
+    """int32, keys that it sees, its own included"""
+    slot_N: Tensor
+    """int64, where its own key and value go: page x page tokens + place"""
+    num_kv_rows: int
+    """rows from here on make no keys and values, since recursion 1's serve"""
+    num_full_rows: int
+    """rows from here on end with their keys and values of the group's last layer"""
+
+    def __len__(self) -> int:
+        return len(self.position_N)
+
+    def slices(self, stop: int) -> Iterator[tuple[int, slice]]:
+        """Yield each recursion that has rows before `stop`, and its rows."""
+        for recursion, first in enumerate(self.recursion_starts[:-1]):
+            last = min(self.recursion_starts[recursion + 1], stop)
+            if last > first:
+                yield recursion, slice(first, last)
+
+
+class LayerGroups(Protocol):
+    """Runs the layers of a model; the pool of pages is its own."""
+
+    state_dtype: torch.dtype
+    """type of the states between groups"""
+
+    def run(self, group: GroupName, x_ND: Tensor, rows: LayerRows) -> Tensor:
+        """Apply a group's layers; returns the new states, x may be overwritten.
+
+        Rows that do not run the last layer whole come back with undefined states.
+        """
+        ...
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Apply last norm and head: (N, V), fp32 or wider."""
+        ...
+
+    def argmax(self, logit_NV: Tensor) -> Tensor:
+        """Return the best token of every row, -1 where a logit is NaN or none is finite."""
+        ...
+
+    def copy_pages(self, source: list[int], target: list[int]) -> None:
+        """Copy pages, all read before the first is written."""
+        ...
+
+
+class TorchGroups:
+    """The readable twin of the compiled kernels; any device and type."""
+
+    def __init__(self, model: MoR, pool: Tensor, page_tokens: tuple[int, int]) -> None:
+        """Take the pool (pages, elements) and the tokens of an own and of a block page."""
+        self.model, self.config, self.pool = model, model.config, pool
+        self.state_dtype = model.model.embed_tokens.weight.dtype
+        heads = (self.config.num_key_value_heads, self.config.head_dim)
+
+        def view(layers: int, size: int) -> list[Tensor]:
+            kv_PL2GSK = pool.view(len(pool), layers, 2, heads[0], size, heads[1])
+            return [kv_PL2GSK[:, layer] for layer in range(layers)]
+
+        own = view(self.config.num_own_layers, page_tokens[0]) if page_tokens[0] else []
+        prelude = self.config.num_prelude_layers
+        self.kv = {
+            "prelude": own[:prelude],
+            "block": view(self.config.num_block_layers, page_tokens[1]),
+            "coda": own[prelude:],
+        }
+
+    def run(self, group: GroupName, x_ND: Tensor, rows: LayerRows) -> Tensor:
+        rotary = rotary_angles(rows.position_N, self.config, dtype=x_ND.dtype)
+        layers = self._layers(group, rows)
+        for index, (layer, kv) in enumerate(zip(layers, self.kv[group], strict=True)):
+            is_last = index == len(layers) - 1
+            full = rows.num_full_rows if is_last else len(rows)
+            x_ND = self._layer(layer, x_ND, rotary, kv, rows, full)
+        return x_ND
+
+    def _layers(self, group: GroupName, rows: LayerRows) -> list[Layer]:
+        stack = self.model.model
+        if group == "block":
+            # With layers of their own the rows of a call stand at one recursion.
+            first = next(iter(rows.slices(len(rows))))[0] if self.config.sharing == "none" else 0
+            return stack.block(first)
+        return stack.prelude if group == "prelude" else stack.coda
+
+    def _layer(
+        self, layer: Layer, x_ND: Tensor, rotary: Rotary, kv: Tensor, rows: LayerRows, full: int
+    ) -> Tensor:
+        attention, heads = layer.self_attn, (-1, self.config.head_dim)
+        normed_ND = _norm(layer.input_layernorm, x_ND, rows)
+        made = rows.num_kv_rows
+        if made:
+            turn = Rotary(rotary.cos_N1K[:made], rotary.sin_N1K[:made])
+            k_NGK = _project(attention.k_proj, normed_ND[:made], rows).unflatten(-1, heads)
+            v_NGK = _project(attention.v_proj, normed_ND[:made], rows).unflatten(-1, heads)
+            store_reference(rotate(k_NGK, turn), v_NGK, kv, rows.slot_N[:made])
+        turn = Rotary(rotary.cos_N1K[:full], rotary.sin_N1K[:full])
+        q_NHK = rotate(
+            _project(attention.q_proj, normed_ND[:full], rows).unflatten(-1, heads), turn
+        )
+        attended_NHK = paged_attention_reference(
+            q_NHK, kv, rows.tables_TM, rows.table_N[:full], rows.count_N[:full]
+        )
+        x_ND = x_ND[:full] + _project(attention.o_proj, attended_NHK.flatten(-2), rows)
+        normed_ND = _norm(layer.post_attention_layernorm, x_ND, rows)
+        gate_NF = F.silu(_project(layer.mlp.gate_proj, normed_ND, rows))
+        up_NF = _project(layer.mlp.up_proj, normed_ND, rows)
+        return x_ND + _project(layer.mlp.down_proj, gate_NF * up_NF, rows)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        logit_NV = F.linear(self.model.model.norm(x_ND), self.model.head_weight_VD)
+        return logit_NV.to(torch.promote_types(logit_NV.dtype, torch.float32))
+
+    def argmax(self, logit_NV: Tensor) -> Tensor:
+        best = logit_NV.max(-1)  # NaN counts as largest
+        return best.indices.where(best.values.isfinite(), best.indices.new_tensor(-1))
+
+    def copy_pages(self, source: list[int], target: list[int]) -> None:
+        self.pool[target] = self.pool[source]
+
+
+def _norm(norm: RMSNorm, x_ND: Tensor, rows: LayerRows) -> Tensor:
+    if norm.weight.dim() == 1:
+        return norm(x_ND)
+    parts = [norm(x_ND[part], recursion) for recursion, part in rows.slices(len(x_ND))]
+    return torch.cat(parts)
+
+
+def _project(projection: Projection, x_ND: Tensor, rows: LayerRows) -> Tensor:
+    """Apply the base weight to all rows, each recursion's addition to its own."""
+    if projection.recursion_A is None:
+        return F.linear(x_ND, projection.weight)
+    parts = [projection(x_ND[part], recursion) for recursion, part in rows.slices(len(x_ND))]
+    return torch.cat(parts)

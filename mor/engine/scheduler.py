@@ -1,0 +1,289 @@
+"""Which rows run in a tick: admission, chunks of prompts, preemption, and when the coda runs.
+
+A tick's rows: first one row for each request that decodes, then the chunks already inside, then new
+chunks of prompts while the budget lasts. The oldest request wins: it takes pages from the youngest.
+Bound: a row spends at most R ticks in the block and waits at most R ticks for the coda; the oldest
+prompt starts a chunk in the first tick that has room, R + 1 ticks at most.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from mor.engine.blocks import BlockManager
+from mor.engine.config import EngineConfig
+from mor.engine.core import Batch, Flight, Request
+from mor.engine.prefix import Entry, PrefixCache
+
+
+class Scheduler:
+    """Requests and flights; knows pages and rows, no tensors."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        blocks: BlockManager,
+        prefix: PrefixCache | None,
+        *,
+        num_recursions: int,
+        num_rows: int,
+        coda_period: Callable[[int], int],
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.prefix = prefix
+        self.num_recursions = num_recursions
+        self.coda_period = coda_period
+        """ticks between calls of the coda for so many requests in flight"""
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        """in order of arrival"""
+        self.entering: list[Flight] = []
+        self.in_block: list[Flight] = []
+        self.ready: list[Flight] = []
+        """flights that left the block and wait for the coda"""
+        self.tick = 0
+        self.last_coda_tick = 0
+        self.free_rows = list(range(num_rows - 1, -1, -1))
+        self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self.num_preemptions = 0
+        self.active_share = np.ones(blocks.layout.num_depths)
+        """running mean of the share of tokens stored at each depth, for admission"""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> Batch:
+        """Choose the rows of the next tick and reserve their pages."""
+        self.tick += 1
+        self.entering = []
+        self._decode()
+        rows = len(self.entering) + sum(len(flight.active) for flight in self.in_block)
+        budget = self.config.max_num_batched_tokens - rows
+        budget -= self._prefill(budget)
+        copies = self._admit(budget)
+        entering, self.entering = self.entering, []
+        self.in_block += entering
+        return Batch(copies, entering, list(self.in_block))
+
+    def _decode(self) -> None:
+        """Start the newest token of every request that has one and only one."""
+        decoding = [r for r in self.running if r.num_pending == 1 and r.num_started > 0]
+        if not decoding:
+            return
+        slots = np.fromiter((r.slot for r in decoding), np.int64, len(decoding))
+        short = set(self.blocks.reserve_one(slots).tolist())
+        for request in decoding:
+            if request.slot < 0:
+                continue  # an older request has just taken its pages
+            if request.slot not in short or self._reserve(request, 1):
+                self._start(request, 1)
+
+    def _prefill(self, budget: int) -> int:
+        """Start chunks of running requests' prompts, oldest first; returns the rows taken."""
+        taken = 0
+        for request in list(self.running):
+            if taken >= budget:
+                break
+            begins = request.num_started == 0 and request.num_pending > 0
+            if request.slot >= 0 and (begins or request.num_pending > 1):
+                taken += self._chunk(request, budget - taken)
+        return taken
+
+    def _chunk(self, request: Request, budget: int) -> int:
+        """Start as many tokens of a prompt as budget and rows allow; returns how many."""
+        # One row stays free for every running request, so that it can decode.
+        count = min(request.num_pending, budget, len(self.free_rows) - self.config.max_num_seqs)
+        if count <= 0 or not self._reserve(request, count):
+            return 0
+        self._start(request, count)
+        return count
+
+    def _start(self, request: Request, count: int) -> None:
+        """Send the next tokens of a request into the model."""
+        rows = np.array([self.free_rows.pop() for _ in range(count)], np.int64)
+        self.entering.append(Flight(request, request.num_started, rows, rows))
+        request.num_started += count
+
+    def _reserve(self, request: Request, count: int) -> bool:
+        """Reserve places, taking pages from younger requests if need be."""
+        while not self.blocks.reserve(request.slot, count):
+            youngest = self.running[-1]
+            if youngest is request:
+                return False
+            self.preempt(youngest)
+        return True
+
+    def preempt(self, request: Request) -> None:
+        """Take all pages of a request; its depths so far are replayed when it comes back."""
+        self._leave(request)
+        self.waiting.appendleft(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _admit(self, budget: int) -> list[tuple[int, int]]:
+        """Let waiting requests in while slots, pages and rows last; returns pages to copy."""
+        copies: list[tuple[int, int]] = []
+        while self.waiting and self.free_slots and budget > 0:
+            request = self.waiting[0]
+            if self.running and self._pages_expected(request) > self.blocks.num_available:
+                break
+            self.waiting.popleft()
+            request.slot = self.free_slots.pop()
+            self.blocks.open(request.slot, request.policy.max_recursions)
+            self._place(request)
+            copies += self._adopt_prefix(request)
+            budget -= self._chunk(request, budget)
+        return copies
+
+    def _place(self, request: Request) -> None:
+        """Put a request among the running ones, in order of arrival."""
+        at = len(self.running)
+        while at and self.running[at - 1].arrival_s > request.arrival_s:
+            at -= 1
+        self.running.insert(at, request)
+
+    def _pages_expected(self, request: Request) -> int:
+        """Pages that a request's tokens will take at the depths seen so far, and one a table."""
+        layout, tokens = self.blocks.layout, request.num_tokens
+        depth = request.policy.max_recursions
+        shares = self.active_share[: min(depth, layout.num_depths)]
+        block = sum(int(tokens * share) // layout.block_page_tokens + 1 for share in shares)
+        own = tokens // layout.own_page_tokens + 1 if layout.own_layers else 0
+        return own + block
+
+    def _adopt_prefix(self, request: Request) -> list[tuple[int, int]]:
+        """Begin a request on the pages of the prefix cache, where it has its first tokens."""
+        request.entry, request.is_cacheable = None, self.prefix is not None
+        if self.prefix is None or request.params.prompt_logprobs is not None:
+            return []
+        tokens = request.tokens(0, request.num_tokens)
+        # The last token runs whatever is known, since its logits are wanted.
+        chain = self.prefix.match(request.policy, tokens, len(tokens) - 1)
+        if not chain or self.blocks.num_available < self._pages_to_adopt(chain):
+            return []
+        count = len(chain) * self.prefix.block_size
+        depths = list(b"".join(entry.depths for entry in chain))
+        pages = self.prefix.pages_of(chain)
+        copies = self.blocks.adopt(request.slot, pages, chain[-1].counts)
+        request.entry = chain[-1]
+        request.num_started = request.num_done = count
+        request.num_cached_tokens = max(request.num_cached_tokens, count)
+        if len(request.depths) < count:
+            request.depths = depths
+        return copies
+
+    def _pages_to_adopt(self, chain: list[Entry]) -> int:
+        """Pages that adopting takes at most: those that no request uses yet, and copies."""
+        assert self.prefix is not None
+        pages = [page for table in self.prefix.pages_of(chain) for page in table]
+        unused = int((self.blocks.users[pages] == 0).sum()) if pages else 0
+        return unused + self.blocks.layout.num_tables
+
+    def collect(self, batch: Batch) -> list[Flight]:
+        """Sort flights after the block; returns those that pass the coda now."""
+        still = []
+        for flight in batch.in_block:
+            if len(flight.active):
+                still.append(flight)
+            else:
+                self.ready.append(flight)
+        self.in_block = still
+        period = min(self.coda_period(len(self.running)), self.num_recursions)
+        if self.in_block and self.tick - self.last_coda_tick < period:
+            return []
+        # A chunk may leave the block before the one ahead of it, whose keys the coda needs.
+        due, waits, done = [], [], {}
+        for flight in sorted(self.ready, key=lambda f: f.start):
+            request = flight.request
+            if flight.start == done.setdefault(request.slot, request.num_done):
+                done[request.slot] = flight.stop
+                due.append(flight)
+            else:
+                waits.append(flight)
+        self.ready = waits
+        if due:
+            self.last_coda_tick = self.tick
+        return due
+
+    def retire(self, flight: Flight) -> None:
+        """Free the rows of a flight that is through."""
+        self.free_rows.extend(flight.rows.tolist())
+
+    def remember(self, request: Request) -> None:
+        """Give finished stretches of a request to the prefix cache."""
+        if self.prefix is None or not request.is_cacheable:
+            return
+        size = self.prefix.block_size
+        counts, at = [0] * self.blocks.layout.num_tables, 0
+        if request.entry is not None:
+            counts = request.entry.counts
+            at = self._length(request.entry)
+        while at + size <= request.num_done:
+            depths = request.depths[at : at + size]
+            counts = self._counts_after(counts, depths)
+            entry = self.prefix.extend(
+                request.policy,
+                request.entry,
+                request.tokens(at, at + size),
+                depths,
+                request.slot,
+                counts,
+            )
+            if entry is None:
+                request.is_cacheable = False
+                return
+            request.entry, at = entry, at + size
+
+    def _counts_after(self, counts: list[int], depths: list[int]) -> list[int]:
+        tables = range(1, len(counts))
+        has_own = self.blocks.layout.own_layers > 0
+        own = counts[0] + (len(depths) if has_own else 0)
+        return [own, *(counts[t] + sum(1 for depth in depths if depth >= t) for t in tables)]
+
+    def _length(self, entry: Entry) -> int:
+        # Recursion 1 takes every token, so its table counts them.
+        return entry.counts[1]
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, at any point; all that it held is free."""
+        if request.slot >= 0:
+            self._leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def _leave(self, request: Request) -> None:
+        for flights in (self.entering, self.in_block, self.ready):
+            for flight in [f for f in flights if f.request is request]:
+                flights.remove(flight)
+                self.retire(flight)
+        self.blocks.close(request.slot)
+        self.free_slots.append(request.slot)
+        self.running.remove(request)
+        request.slot = -1
+        request.num_started = request.num_done = 0
+        request.entry = None
+
+    def see_depths(self, stored: Iterable[int], tokens: int) -> None:
+        """Move the mean shares by what a prompt's chunk or many tokens have shown."""
+        weight = min(0.1, tokens / 256)
+        shares = np.array(list(stored), float) / max(tokens, 1)
+        self.active_share += weight * (shares - self.active_share)
+
+    def check_integrity(self) -> None:
+        """Assert that rows, slots and pages are each in one place."""
+        flights = [*self.in_block, *self.ready]
+        rows = [row for flight in flights for row in flight.rows.tolist()]
+        assert len(set(rows)) == len(rows) and not set(rows) & set(self.free_rows)
+        slots = [request.slot for request in self.running]
+        assert sorted([*slots, *self.free_slots]) == list(range(self.config.max_num_seqs))
+        self.blocks.check_integrity()
+        if self.prefix is not None:
+            self.prefix.check_integrity()
