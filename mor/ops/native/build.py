@@ -134,9 +134,7 @@ def _compile(plans: tuple[_Plan, ...], library: Path) -> None:
         source = str(SOURCES / "kernels.cpp")
         try:
             _run([plan.compiler, *plan.compile_flags, "-c", source, "-o", str(object_file)])
-            _run(
-                [plan.compiler, "-shared", str(object_file), *plan.link_flags, "-o", str(library)]
-            )
+            _run([plan.compiler, "-shared", str(object_file), *plan.link_flags, "-o", str(library)])
             return
         except BuildError as error:
             failure = failure or error

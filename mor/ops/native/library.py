@@ -263,9 +263,13 @@ class LayerGroup:
 
 
 def _joined(parts: list[Tensor], *, in_turns: bool) -> Tensor:
-    """Join weights along their outputs, each padded to whole panels, or panel by panel in turns."""
+    """Join weights along their outputs, or panel by panel in turns.
+
+    The first is padded to whole panels, so that queries can be made without keys and values.
+    """
+    first, *others = parts
     padded = []
-    for part in parts:
+    for part in (first, torch.cat(others)) if others else (first,):
         panels = part.new_zeros(-(-len(part) // PANEL), PANEL, part.shape[1])
         panels.view(-1, part.shape[1])[: len(part)] = part
         padded.append(panels)
