@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mor.config import ModelConfig
-from mor.model.layers import Attend, Layer, rotary_angles
+from mor.model.layers import Layer, rotary_angles
 from mor.ops.native.library import Library, NativeRows, load
 
 NAN = float("nan")
@@ -80,36 +80,41 @@ class Case:
 
     @torch.no_grad()
     def expected(self, **changes: Any) -> tuple[Tensor, Tensor]:
-        """Return the same from torch, in float64, row by row."""
+        """Return the same from torch, in float64, one row's attention after another."""
         fields = {**self.fields, **changes}
         rows = len(self.x_ND)
         kv_rows, full_rows = fields.get("kv_rows", rows), fields.get("full_rows", rows)
+        recursion_N, slot_N = fields["recursion_N"], fields["slot_N"]
+        tokens = fields["page_tokens"]
         pool = self.pool.double()
         pages = pool.view(self.pages.shape)
         x_ND = self.x_ND.double()
         rotary = rotary_angles(fields["position_N"], self.config, dtype=torch.float64)
-        for l, low in enumerate(self.layers):
+        stored = torch.arange(rows)[(torch.arange(rows) < kv_rows) & (slot_N >= 0)]
+        page_S, offset_S = slot_N[stored] // tokens, slot_N[stored] % tokens
+        for number, packed in enumerate(self.layers):
             layer = Layer(self.config, is_shared=True).double()
-            layer.load_state_dict(low.state_dict())
-            wanted = full_rows if l == len(self.layers) - 1 else rows
-            made = []
-            for n in range(rows):
-                part = x_ND[n : n + 1], rotary.take(torch.tensor([n]))
-                made.append(layer.before(*part, int(fields["recursion_N"][n]), n < kv_rows))
-            place = pages[:, fields["first_layer"] + l]
-            for n, (_, k, v) in enumerate(made):
-                slot = int(fields["slot_N"][n])
-                if n < kv_rows and slot >= 0:
-                    page, offset = divmod(slot, fields["page_tokens"])
-                    place[page, 0, :, offset], place[page, 1, :, offset] = k[0], v[0]
-            for n in range(wanted):
-                q_HK, count = made[n][0][0], int(fields["count_N"][n])
-                out = torch.zeros_like(q_HK)
+            layer.load_state_dict(packed.state_dict())
+            of_recursion = [
+                (int(r), (recursion_N == r).nonzero()[:, 0]) for r in recursion_N.unique()
+            ]
+            parts = [layer.before(x_ND[a], rotary.take(a), r, True) for r, a in of_recursion]
+            order = torch.cat([a for _, a in of_recursion]).argsort()
+            q_NHK, k_NGK, v_NGK = (torch.cat(one)[order] for one in zip(*parts, strict=True))
+            place = pages[:, fields["first_layer"] + number]
+            place[page_S, 0, :, offset_S] = k_NGK[stored]
+            place[page_S, 1, :, offset_S] = v_NGK[stored]
+            out_NHK = torch.zeros_like(q_NHK)
+            for n, count in enumerate(fields["count_N"].tolist()):
+                table = fields["tables_TM"][fields["table_N"][n]]
+                page, offset = places(table, count, fields["page_tokens"])
                 if count:
-                    table = fields["tables_TM"][fields["table_N"][n]]
-                    page, offset = places(table, count, fields["page_tokens"])
-                    out = attend(q_HK, place[page, 0, :, offset], place[page, 1, :, offset])
-                x_ND[n] = layer.after(x_ND[n], out, int(fields["recursion_N"][n]))
+                    k, v = place[page, 0, :, offset], place[page, 1, :, offset]
+                    out_NHK[n] = attend(q_NHK[n], k, v)
+            wanted = full_rows if number == len(self.layers) - 1 else rows
+            for r, a in of_recursion:
+                a = a[a < wanted]
+                x_ND[a] = layer.after(x_ND[a], out_NHK[a], r)
         return x_ND, pool
 
 

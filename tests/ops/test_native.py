@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def check_layers(lib, case, dtype, **changes):
     assert_near(pool.nan_to_num(), expected_pool.nan_to_num(), dtype, times=2)
 
 
-LAYER_CASES = {
+LAYER_CASES: dict[str, dict[str, Any]] = {
     "mixed": {},
     "odd width": {"hidden_size": 37, "intermediate_size": 51},
     "head of 24": {"head_dim": 24, "num_attention_heads": 3, "num_key_value_heads": 1},

@@ -308,7 +308,7 @@ class Library:
     def linear(
         self, x: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Return x W^T, summed in fp32; x (N, inputs) fp32 or bf16 is taken in the weight's dtype."""
+        """Return x W^T, summed in fp32; x (N, inputs), fp32 or bf16, is rounded to W's dtype."""
         assert x.dim() == 2 and x.shape[1] == weight.inputs and x.is_contiguous()
         out = torch.empty(len(x), weight.outputs, dtype=dtype)
         is_bf16 = weight.dtype == torch.bfloat16
@@ -330,7 +330,7 @@ class Library:
         return out
 
     def layers(self, x_ND: Tensor, group: LayerGroup, rows: NativeRows) -> None:
-        """Run the group's layers on x_ND (fp32), in place; keys and values go to the rows' pages."""
+        """Run the group's layers on x_ND (fp32), in place; keys and values go to pages."""
         assert x_ND.dtype == torch.float32 and x_ND.is_contiguous()
         assert len(x_ND) == rows.struct.rows and x_ND.shape[1] == group.width
         assert rows.tensors[-1].dtype == group.dtype
