@@ -1,0 +1,459 @@
+"""CPU kernels for decoding with small Llama layers, called through ctypes.
+
+`load()` compiles them or says in one log line why it cannot; then the caller takes torch's path.
+Weights, keys and values are bf16 or fp32; the residual stream and logits are always fp32. A row's
+result depends neither on the rows beside it nor on the number of threads, except that a later row
+of the same table in one call counts as a neighbour once its values are not finite.
+
+Shapes: N rows, D width, H query heads, G key heads, K head size, V vocabulary, T block tables,
+M pages of a table, P tokens of a page, R recursions, L layers of a group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor.log import logger
+from mor.ops.native.build import BuildError, open_library
+
+PANEL = 16  # outputs of a panel of weights, as kPanel in vector.h
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("steps", c_int64), ("panels", c_int64), ("outputs", c_int64))
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (("weight", _Weight), ("a", c_void_p), ("b", c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", _Projection),
+        ("out", _Projection),
+        ("gate_up", _Projection),
+        ("down", _Projection),
+        ("attention_gain", c_void_p),
+        ("mlp_gain", c_void_p),
+        ("gain_stride", c_int64),
+    )
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (
+        ("layers", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("count", c_int64),
+        ("width", c_int64),
+        ("recursions", c_int64),
+        ("low_rank", c_int64),
+        ("query_heads", c_int32),
+        ("key_heads", c_int32),
+        ("head_size", c_int32),
+        ("is_bf16", c_int32),
+        ("eps", c_float),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("position", c_void_p),
+        ("recursion", c_void_p),
+        ("table", c_void_p),
+        ("count", c_void_p),
+        ("slot", c_void_p),
+        ("tables", c_void_p),
+        ("recursion_starts", c_void_p),
+        ("pool", c_void_p),
+        ("rows", c_int64),
+        ("kv_rows", c_int64),
+        ("full_rows", c_int64),
+        ("tables_stride", c_int64),
+        ("page_stride", c_int64),
+        ("layer_stride", c_int64),
+        ("page_tokens", c_int64),
+        ("first_layer", c_int64),
+    )
+
+
+class PackedWeight:
+    """A weight (outputs, inputs) in the order in which the kernels read it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        assert weight.dtype in (torch.bfloat16, torch.float32) and weight.dim() == 2
+        self.outputs, self.inputs = weight.shape
+        self.dtype = weight.dtype
+        per_step = 2 if weight.dtype == torch.bfloat16 else 1
+        panels, steps = -(-self.outputs // PANEL), -(-self.inputs // per_step)
+        padded = weight.new_zeros(panels * PANEL, steps * per_step)
+        padded[: self.outputs, : self.inputs] = weight.detach()
+        self.data = padded.view(panels, PANEL, steps, per_step).transpose(1, 2).contiguous()
+        self.struct = _Weight(self.data.data_ptr(), steps, panels, self.outputs)
+
+
+class NativeRows:
+    """Rows of a call: where each stands, what it sees and where its keys and values go.
+
+    position_N, recursion_N (from 0), table_N, count_N (keys it sees; 0 = nothing, attention gives
+    0) int32; slot_N int64 (-1 = do not store); tables_TM int32; pool (pages, elements) in the
+    weights' dtype, of which a page of `page_tokens` holds (layers, 2, G, P, K); `first_layer` is
+    the page's layer that the group's first one uses. Rows from `kv_rows` on make no keys and
+    values; the last layer only makes keys and values for rows from `full_rows` on.
+    `recursion_starts` (R + 1) int32 says where each recursion's rows begin; only low-rank additions
+    need it, and rows then come in order of recursion.
+    """
+
+    def __init__(
+        self,
+        position_N: Tensor,
+        recursion_N: Tensor,
+        table_N: Tensor,
+        count_N: Tensor,
+        slot_N: Tensor,
+        *,
+        tables_TM: Tensor,
+        pool: Tensor,
+        page_tokens: int,
+        first_layer: int = 0,
+        kv_rows: int | None = None,
+        full_rows: int | None = None,
+        recursion_starts: Tensor | None = None,
+    ) -> None:
+        rows = len(position_N)
+        # the struct holds addresses: what they point to must live as long
+        self.tensors = (position_N, recursion_N, table_N, count_N, slot_N, tables_TM, pool)
+        self.recursion_starts = recursion_starts
+        for tensor in (position_N, recursion_N, table_N, count_N):
+            assert tensor.dtype == torch.int32 and len(tensor) == rows and tensor.is_contiguous()
+        assert slot_N.dtype == torch.int64 and len(slot_N) == rows and slot_N.is_contiguous()
+        assert tables_TM.dtype == torch.int32 and tables_TM.stride(1) == 1
+        assert pool.dim() == 2 and pool.stride(1) == 1
+        self.struct = _Rows(
+            position_N.data_ptr(),
+            recursion_N.data_ptr(),
+            table_N.data_ptr(),
+            count_N.data_ptr(),
+            slot_N.data_ptr(),
+            tables_TM.data_ptr(),
+            None if recursion_starts is None else recursion_starts.data_ptr(),
+            pool.data_ptr(),
+            rows,
+            rows if kv_rows is None else kv_rows,
+            rows if full_rows is None else full_rows,
+            tables_TM.stride(0),
+            pool.stride(0),
+            0,
+            page_tokens,
+            first_layer,
+        )
+
+
+class LayerGroup:
+    """Packed weights of layers that run one after another in a call."""
+
+    def __init__(
+        self,
+        layers: Sequence[Mapping[str, Tensor]],
+        *,
+        heads: int,
+        key_heads: int,
+        head_size: int,
+        eps: float,
+        cos_CK: Tensor,
+        sin_CK: Tensor,
+        low_rank_scale: float = 0.0,
+    ) -> None:
+        """Pack layers, given as `mor.model.layers.Layer.state_dict()`.
+
+        cos_CK, sin_CK: rotary factors in fp32, (context, K / 2).
+        """
+        assert head_size % 2 == 0 and heads % key_heads == 0 and heads // key_heads <= 256
+        for table in (cos_CK, sin_CK):
+            assert table.dtype == torch.float32 and table.is_contiguous()
+            assert table.shape[1] == head_size // 2
+        self.width = layers[0]["input_layernorm.weight"].shape[-1]
+        self.dtype = layers[0]["mlp.down_proj.weight"].dtype
+        self.layer_stride_per_token = 2 * key_heads * head_size
+        self.recursions = 1
+        self.low_rank = 0
+        self._kept: list[Any] = [cos_CK, sin_CK]
+        structs = (_Layer * len(layers))(*(self._layer(one, low_rank_scale) for one in layers))
+        self._kept.append(structs)
+        self.struct = _Group(
+            ctypes.addressof(structs),
+            cos_CK.data_ptr(),
+            sin_CK.data_ptr(),
+            len(layers),
+            self.width,
+            self.recursions,
+            self.low_rank,
+            heads,
+            key_heads,
+            head_size,
+            self.dtype == torch.bfloat16,
+            eps,
+        )
+
+    def _layer(self, tensors: Mapping[str, Tensor], scale: float) -> _Layer:
+        gains = [
+            self._keep(tensors[f"{name}.weight"].detach().float().contiguous())
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        attention = [f"self_attn.{name}_proj" for name in "qkv"]
+        if gains[0].dim() == 2:
+            self.recursions = len(gains[0])
+        return _Layer(
+            self._projection(tensors, attention, scale),
+            self._projection(tensors, ["self_attn.o_proj"], scale),
+            self._projection(tensors, ["mlp.gate_proj", "mlp.up_proj"], scale, in_turns=True),
+            self._projection(tensors, ["mlp.down_proj"], scale),
+            gains[0].data_ptr(),
+            gains[1].data_ptr(),
+            self.width if gains[0].dim() == 2 else 0,
+        )
+
+    def _projection(
+        self,
+        tensors: Mapping[str, Tensor],
+        names: list[str],
+        scale: float,
+        *,
+        in_turns: bool = False,
+    ) -> _Projection:
+        weights = [tensors[f"{name}.weight"].detach() for name in names]
+        packed = self._pack(_joined(weights, in_turns=in_turns))
+        low = [tensors.get(f"{name}.recursion_A") for name in names]
+        with_low = [i for i, a in enumerate(low) if a is not None]
+        if not with_low:
+            return _Projection(packed.struct, None, None)
+        a_RrI = torch.cat([tensors[f"{names[i]}.recursion_A"].detach() for i in with_low], dim=1)
+        self.recursions, rank, _ = a_RrI.shape
+        self.low_rank = max(self.low_rank, -(-rank // PANEL) * PANEL)
+        pairs = []
+        for r in range(self.recursions):
+            # One product adds to all parts: each reads its own places of what A made.
+            parts, first = [], 0
+            for i, weight in enumerate(weights):
+                part = weight.new_zeros(len(weight), rank)
+                if i in with_low:
+                    b = tensors[f"{names[i]}.recursion_B"][r].detach()
+                    part[:, first : first + b.shape[1]] = scale * b
+                    first += b.shape[1]
+                parts.append(part)
+            pairs.append((self._pack(a_RrI[r]), self._pack(_joined(parts, in_turns=in_turns))))
+        a = (_Weight * self.recursions)(*(pair[0].struct for pair in pairs))
+        b = (_Weight * self.recursions)(*(pair[1].struct for pair in pairs))
+        self._kept += [a, b]
+        return _Projection(packed.struct, ctypes.addressof(a), ctypes.addressof(b))
+
+    def _pack(self, weight: Tensor) -> PackedWeight:
+        return self._keep(PackedWeight(weight))
+
+    def _keep(self, thing: Any) -> Any:
+        self._kept.append(thing)
+        return thing
+
+
+def _joined(parts: list[Tensor], *, in_turns: bool) -> Tensor:
+    """Join weights along their outputs, or panel by panel in turns.
+
+    The first is padded to whole panels, so that queries can be made without keys and values.
+    """
+    first, *others = parts
+    padded = []
+    for part in (first, torch.cat(others)) if others else (first,):
+        panels = part.new_zeros(-(-len(part) // PANEL), PANEL, part.shape[1])
+        panels.view(-1, part.shape[1])[: len(part)] = part
+        padded.append(panels)
+    joined = torch.stack(padded, dim=1) if in_turns else torch.cat(padded)
+    return joined.reshape(-1, parts[0].shape[1])
+
+
+class Library:
+    """The compiled kernels; one instance, from `load()`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        p, i, l = c_void_p, c_int, c_int64  # noqa: E741
+        kernels = {
+            "mor_instructions": ([], c_char_p),
+            "mor_linear": ([p, i, p, i, l, l, p, i, l, i], i),
+            "mor_layers": ([p, p, p, i], i),
+            "mor_attention": ([p, i, i, i, i, p, p, i], i),
+            "mor_store": ([p, i, i, i, p, p], None),
+            "mor_rms_norm": ([p, p, l, l, c_float, p, i, i], None),
+            "mor_argmax": ([p, l, l, p, i], None),
+        }
+        for name, (arguments, result) in kernels.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+        self._c = library
+        self.instructions: str = library.mor_instructions().decode()
+
+    def pack_weight(self, weight: Tensor) -> PackedWeight:
+        """Repack a weight (outputs, inputs), bf16 or fp32, for `linear`."""
+        return PackedWeight(weight)
+
+    def layer_group(self, layers: Sequence[Mapping[str, Tensor]], **kwargs: Any) -> LayerGroup:
+        """Pack layers for `layers`; see LayerGroup."""
+        return LayerGroup(layers, **kwargs)
+
+    def linear(
+        self, x: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return x W^T, summed in fp32; x (N, inputs), fp32 or bf16, is rounded to W's dtype."""
+        assert x.dim() == 2 and x.shape[1] == weight.inputs and x.is_contiguous()
+        out = torch.empty(len(x), weight.outputs, dtype=dtype)
+        is_bf16 = weight.dtype == torch.bfloat16
+        assert is_bf16 or dtype == torch.float32
+        _check_memory(
+            self._c.mor_linear(
+                ctypes.byref(weight.struct),
+                is_bf16,
+                x.data_ptr(),
+                _is_float(x.dtype),
+                weight.inputs,
+                len(x),
+                out.data_ptr(),
+                _is_float(dtype),
+                weight.outputs,
+                torch.get_num_threads(),
+            )
+        )
+        return out
+
+    def layers(self, x_ND: Tensor, group: LayerGroup, rows: NativeRows) -> None:
+        """Run the group's layers on x_ND (fp32), in place; keys and values go to pages."""
+        assert x_ND.dtype == torch.float32 and x_ND.is_contiguous()
+        assert len(x_ND) == rows.struct.rows and x_ND.shape[1] == group.width
+        assert rows.tensors[-1].dtype == group.dtype
+        assert not group.low_rank or rows.recursion_starts is not None
+        if not len(x_ND):
+            return
+        rows.struct.layer_stride = group.layer_stride_per_token * rows.struct.page_tokens
+        _check_memory(
+            self._c.mor_layers(
+                ctypes.byref(group.struct),
+                ctypes.byref(rows.struct),
+                x_ND.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+
+    def paged_attention(
+        self,
+        q_NHK: Tensor,
+        kv_P2GPK: Tensor,
+        *,
+        tables_TM: Tensor,
+        table_N: Tensor,
+        count_N: Tensor,
+    ) -> Tensor:
+        """Return softmax(q k^T / sqrt(K)) v of each row over the first count keys of its table.
+
+        kv_P2GPK: one layer's view (pages, 2, G, P, K) of a pool, bf16 or fp32; out has its dtype.
+        """
+        rows, heads, size = q_NHK.shape
+        out = torch.empty(rows, heads, size, dtype=kv_P2GPK.dtype)
+        queries = q_NHK.float().contiguous()
+        struct = _view_rows(kv_P2GPK, rows)
+        struct.table, struct.count = table_N.data_ptr(), count_N.data_ptr()
+        struct.tables, struct.tables_stride = tables_TM.data_ptr(), tables_TM.stride(0)
+        assert table_N.dtype == count_N.dtype == tables_TM.dtype == torch.int32
+        _check_memory(
+            self._c.mor_attention(
+                ctypes.byref(struct),
+                heads,
+                kv_P2GPK.shape[2],
+                size,
+                kv_P2GPK.dtype == torch.bfloat16,
+                queries.data_ptr(),
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return out
+
+    def store(self, k_NGK: Tensor, v_NGK: Tensor, kv_P2GPK: Tensor, slot_N: Tensor) -> None:
+        """Write keys and values to their slots (page * P + offset) of a layer's view; -1 = none."""
+        struct = _view_rows(kv_P2GPK, len(slot_N))
+        assert slot_N.dtype == torch.int64
+        struct.slot = slot_N.data_ptr()
+        k_NGK, v_NGK = (one.to(kv_P2GPK.dtype).contiguous() for one in (k_NGK, v_NGK))
+        self._c.mor_store(
+            ctypes.byref(struct),
+            k_NGK.shape[1],
+            k_NGK.shape[2],
+            kv_P2GPK.dtype == torch.bfloat16,
+            k_NGK.data_ptr(),
+            v_NGK.data_ptr(),
+        )
+
+    def rms_norm(
+        self, x_ND: Tensor, gain_D: Tensor, eps: float, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return the root-mean-square norm of fp32 rows, in fp32 or bf16; gain_D is fp32."""
+        assert x_ND.dtype == gain_D.dtype == torch.float32 and x_ND.is_contiguous()
+        out = torch.empty(x_ND.shape, dtype=dtype)
+        self._c.mor_rms_norm(
+            x_ND.data_ptr(),
+            gain_D.data_ptr(),
+            *x_ND.shape,
+            eps,
+            out.data_ptr(),
+            _is_float(dtype),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def argmax_rows(self, logits_NV: Tensor) -> Tensor:
+        """Return the place of each row's largest logit (fp32), int64; -1 where one is NaN."""
+        assert logits_NV.dtype == torch.float32 and logits_NV.is_contiguous()
+        out_N = torch.empty(len(logits_NV), dtype=torch.int64)
+        self._c.mor_argmax(
+            logits_NV.data_ptr(), *logits_NV.shape, out_N.data_ptr(), torch.get_num_threads()
+        )
+        return out_N
+
+
+@functools.cache
+def load() -> Library | None:
+    """Return the kernels, compiled at first use, or None where they cannot be had."""
+    try:
+        library = Library(open_library())
+    except BuildError as error:
+        logger.warning("CPU kernels: not used, torch's path is several times slower: %s", error)
+        return None
+    logger.info("CPU kernels: compiled, %s", library.instructions)
+    return library
+
+
+def _view_rows(kv_P2GPK: Tensor, rows: int) -> _Rows:
+    _, _, heads, tokens, size = kv_P2GPK.shape
+    assert kv_P2GPK.stride()[2:] == (tokens * size, size, 1) and kv_P2GPK.stride(1) == (
+        heads * tokens * size
+    )
+    return _Rows(
+        pool=kv_P2GPK.data_ptr(),
+        rows=rows,
+        page_stride=kv_P2GPK.stride(0),
+        layer_stride=kv_P2GPK.stride(1),
+        page_tokens=tokens,
+    )
+
+
+def _is_float(dtype: torch.dtype) -> bool:
+    assert dtype in (torch.bfloat16, torch.float32)
+    return dtype == torch.float32
+
+
+def _check_memory(is_done: int) -> None:
+    if not is_done:
+        raise MemoryError("no memory is left for activations; use fewer rows in a call")
