@@ -29,6 +29,8 @@ class LayerRows:
 
     position_N: Tensor
     """int32"""
+    recursion_N: Tensor
+    """int32, recursions (from 0) that the rows stand at"""
     recursion_starts: tuple[int, ...]
     """first row of each recursion, R + 1 values; prelude and coda count as recursion 0"""
     tables_TM: Tensor

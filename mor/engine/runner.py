@@ -226,6 +226,7 @@ class Runner:
         page = self.blocks.tables[slots, 0, position // size].astype(np.int64)
         return LayerRows(
             position_N=self._tensor(position.astype(np.int32)),
+            recursion_N=self._tensor(np.zeros(len(slots), np.int32)),
             recursion_starts=(0, len(slots)),
             tables_TM=self.tables_TM,
             table_N=self._tensor((slots * self.blocks.layout.num_tables).astype(np.int32)),
@@ -254,11 +255,11 @@ class Runner:
         place[num_kv_rows:] = position[num_kv_rows:]  # of recursion 1's table: its own position
         slot_N, table_N = np.repeat(slots, count), np.repeat(table, count)
         page = blocks.tables[slot_N, table_N, place // size].astype(np.int64)
-        starts = np.searchsorted(
-            np.repeat(recursion, count), np.arange(self.config.num_recursions + 1)
-        )
+        at = np.repeat(recursion, count)
+        starts = np.searchsorted(at, np.arange(self.config.num_recursions + 1))
         return LayerRows(
             position_N=self._tensor(position.astype(np.int32)),
+            recursion_N=self._tensor(at.astype(np.int32)),
             recursion_starts=tuple(starts.tolist()),
             tables_TM=self.tables_TM,
             table_N=self._tensor((slot_N * blocks.layout.num_tables + table_N).astype(np.int32)),
