@@ -1,4 +1,4 @@
-"""Choosing tokens: top-k within a sequence, and the hash that drives the random router.
+"""Choosing tokens: top-k within a sequence, and the hashes behind the random router and sampling.
 
 Shapes: B sequences, C candidates (padded), N packed candidates, A kept rows.
 """
@@ -42,10 +42,27 @@ def hash_uniform(position_N: Tensor, token_N: Tensor, *, seed: int, recursion: i
     Source: the finaliser of SplitMix64, in wrapping int64 arithmetic.
     """
     state_N = position_N.to(torch.int64) * _ODD[0] + token_N.to(torch.int64) * _ODD[1]
-    state_N = state_N + _wrap(seed * _ODD[2] + (recursion + 1) * _ODD[3])
+    return _unit(_mix(state_N + _wrap(seed * _ODD[2] + (recursion + 1) * _ODD[3])))
+
+
+def hash_draw(seed_N: Tensor, sample_N: Tensor, step_N: Tensor) -> Tensor:
+    """Draw a number of [0, 1) from (seed, sample, step) alone, all int64; float64 of shape N.
+
+    Seed and sample are mixed before the step is added, so streams of two seeds are not the same
+    numbers shifted. Source: as hash_uniform, the finaliser twice.
+    """
+    stream_N = _mix(seed_N * _ODD[0] + sample_N * _ODD[1])
+    return _unit(_mix(stream_N + step_N * _ODD[2]))
+
+
+def _mix(state_N: Tensor) -> Tensor:
     for shift, factor in ((30, _ODD[4]), (27, _ODD[5])):
         state_N = (state_N ^ _shift_right(state_N, shift)) * factor
-    state_N = state_N ^ _shift_right(state_N, 31)
+    return state_N ^ _shift_right(state_N, 31)
+
+
+def _unit(state_N: Tensor) -> Tensor:
+    """Turn the upper 53 bits into a float64 of [0, 1)."""
     return _shift_right(state_N, 11).to(torch.float64) / 2.0**53
 
 

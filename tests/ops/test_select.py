@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor.ops.select import hash_uniform, top_k_count, top_k_mask
+from mor.ops.select import hash_draw, hash_uniform, top_k_count, top_k_mask
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 12))
@@ -45,3 +45,39 @@ def test_random_draw_is_uniform_and_independent_of_the_batch():
         assert abs(torch.corrcoef(torch.stack([draw, other]))[0, 1]) < 0.03
     some = torch.tensor([7, 19, 4242])
     assert torch.equal(hash_uniform(position[some], token[some], seed=1, recursion=1), draw[some])
+
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(INT64, INT64, INT64)
+def test_draw_is_splitmix_by_hand_whatever_the_batch(seed, sample, step):
+    def mix(state):
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        return state ^ (state >> 31)
+
+    stream = mix((seed * 0x9E3779B97F4A7C15 + sample * 0xC2B2AE3D27D4EB4F) % 2**64)
+    by_hand = (mix((stream + step * 0x165667B19E3779F9) % 2**64) >> 11) / 2**53
+    columns = [torch.tensor([5, value, 7]) for value in (seed, sample, step)]
+    assert float(hash_draw(*columns)[1]) == by_hand
+    assert float(hash_draw(*(column[1:2] for column in columns))) == by_hand
+
+
+def test_draws_of_seeds_samples_and_steps_are_uniform_and_unrelated():
+    many, zero = torch.arange(20000), torch.zeros(20000, dtype=torch.int64)
+    streams = [
+        hash_draw(many, zero, zero),
+        hash_draw(zero, many, zero),
+        hash_draw(zero, zero, many),
+        hash_draw(zero + 1, zero, many),
+        hash_draw(zero, zero + 1, many),
+    ]
+    for draw in streams:
+        assert draw.min() >= 0 and draw.max() < 1
+        shares = torch.histc(draw, bins=10, min=0, max=1) / len(draw)
+        assert (shares - 0.1).abs().max() < 0.01
+    related = torch.corrcoef(torch.stack(streams)) - torch.eye(len(streams))
+    assert related.abs().max() < 0.03
+    successive = torch.corrcoef(torch.stack([streams[2][1:], streams[2][:-1]]))[0, 1]
+    assert successive.abs() < 0.03
