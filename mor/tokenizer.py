@@ -6,6 +6,7 @@ The end-of-document token also begins the next document, as in GPT-2: one id pla
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ class Tokenizer:
     """A tokenizer and the id that separates documents.
 
     Text never yields a special id: a literal `<|endoftext|>` is encoded as ordinary characters.
-    `vocab_size` is the largest id plus one, added tokens counted.
+    `vocab_size` is the largest id plus one, added tokens counted. `special_ids` are the ids that
+    stand for no text.
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, *, eos_token: str | int | None = None) -> None:
@@ -44,6 +46,8 @@ class Tokenizer:
         if added is None or not added.special:
             raw.add_special_tokens([AddedToken(self.eos_token, special=True, normalized=False)])
         raw.encode_special_tokens = True
+        tokens = raw.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id in tokens if tokens[token_id].special)
         self._raw = raw
         self._is_byte_level = isinstance(raw.decoder, decoders.ByteLevel)
         if self.eos_token_id in self.encode(self.eos_token):
@@ -222,6 +226,7 @@ def _specials(raw: tokenizers.Tokenizer) -> str:
     )
 
 
+@functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
     """Return the byte of every character that GPT-2's byte-level vocabulary writes bytes with."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
