@@ -111,7 +111,7 @@ class BlockManager:
         missing = self.missing(slot, tokens)
         if int(missing.sum()) > self.num_available:
             return False
-        for table in missing.nonzero()[0]:
+        for table in np.flatnonzero(missing):
             for _ in range(missing[table]):
                 self._append(slot, int(table), self.take())
         self.reserved[slot] += tokens * self.serves[slot]
@@ -140,9 +140,9 @@ class BlockManager:
         deeper = np.arange(self.layout.num_tables) >= first_table[:, None]
         np.subtract.at(self.reserved, slots, tokens[:, None] * self.serves[slots] * deeper)
         needed = -(-(self.count[slots] + self.reserved[slots]) // self.page_tokens)
-        for row in (needed < self.held[slots]).any(1).nonzero()[0]:
+        for row in np.flatnonzero((needed < self.held[slots]).any(1)):
             slot = int(slots[row])
-            for table in (needed[row] < self.held[slot]).nonzero()[0]:
+            for table in np.flatnonzero(needed[row] < self.held[slot]):
                 while self.held[slot, table] > needed[row, table]:
                     self.held[slot, table] -= 1
                     self.drop_user(int(self.tables[slot, table, self.held[slot, table]]))
@@ -222,7 +222,7 @@ class BlockManager:
         assert (users == self.users).all(), "users of a page are miscounted"
         assert self.num_used == int((users > 0).sum())
         is_free = (self.users == 0) & (self.keepers == 0)
-        assert sorted(self.free) == is_free.nonzero()[0].tolist(), "the free list is wrong"
+        assert sorted(self.free) == np.flatnonzero(is_free).tolist(), "the free list is wrong"
         assert (self.keepers >= 0).all() and (self.reserved >= 0).all()
         places = self.count + self.reserved
         assert (places <= self.held * self.page_tokens).all(), "tokens without a page"

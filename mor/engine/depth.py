@@ -5,6 +5,7 @@ Nothing here looks at earlier depths, so a prefix has the same depths whatever f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def _at_depth(target: float, R: int, calibration: dict[str, Any] | None) -> tupl
     active = (calibration or {}).get("active")
     if not quantiles or not active or len(quantiles) != R or not all(quantiles[1:]):
         raise ValueError("target_depth needs a model folder whose calibration has score quantiles")
-    rates = [min(max(b / a, 1e-6), 1 - 1e-6) for a, b in zip(active, active[1:], strict=False)]
+    rates = [min(max(b / a, 1e-6), 1 - 1e-6) for a, b in itertools.pairwise(active)]
 
     def depth_at(power: float) -> float:
         return 1 + float(np.cumprod([rate**power for rate in rates]).sum())

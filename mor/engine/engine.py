@@ -27,7 +27,7 @@ from mor.engine.outputs import RequestOutput, StepOutput, output_of
 from mor.engine.params import SamplingParams
 from mor.engine.prefix import PrefixCache
 from mor.engine.runner import Finished, Runner
-from mor.engine.sampler import Sampled, Sampler, SampleRow
+from mor.engine.sampler import Sampled, Sampler, SampleRow, token_logprobs
 from mor.engine.scheduler import Scheduler
 from mor.engine.stops import StopChecker
 from mor.log import progress
@@ -151,7 +151,7 @@ class Engine:
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is in use; give another")
         ids = self._prompt_ids(prompt)
-        self._check_size(ids, params)
+        self._check_ids(ids)
         params.check_vocab(self.model.config.vocab_size)
         policy = depth_policy(
             params,
@@ -190,8 +190,9 @@ class Engine:
             policy=policy,
             stops=StopChecker(
                 params,
-                eos_token_id=eos,
-                max_tokens=self.max_model_len - len(ids),
+                prompt_length=len(ids),
+                context=self.max_model_len,
+                eos_id=eos,
                 tokenizer=self.tokenizer,
             ),
             sample_row=SampleRow(
@@ -213,17 +214,16 @@ class Engine:
             return [*([] if bos is None else [bos]), *self.tokenizer.encode(prompt)]
         return list(prompt)
 
-    def _check_size(self, ids: list[int], params: SamplingParams) -> None:
+    def _check_ids(self, ids: list[int]) -> None:
         vocab = self.model.config.vocab_size
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         outside = [token for token in ids if not 0 <= token < vocab]
         if outside:
             raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab} entries")
-        if len(ids) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, the context {self.max_model_len}; shorten it"
-            )
+
+    def _check_pages(self, ids: list[int], params: SamplingParams) -> None:
+        """Refuse a request that would not fit if it were alone and every token went deep."""
         room = self.max_model_len - len(ids)
         new = room if params.max_tokens is None else min(params.max_tokens, room)
         depth = params.max_recursions or self.model.config.num_recursions
@@ -305,13 +305,13 @@ class Engine:
             request.output_ids.append(token)
             if place in sampled.logprobs:
                 request.logprobs.append(sampled.logprobs[place])
-            update = request.stops.push(token)
-            request.text += update.text
+            text = request.stops.push(token)
+            request.text += text
             piece.token_ids.append(token)
-            piece.text += update.text
-            if update.finish_reason is not None:
-                request.stop_reason = update.stop_reason
-                self._finish(request, update.finish_reason, piece)
+            piece.text += text
+            if request.stops.finish_reason is not None:
+                request.stop_reason = request.stops.stop_reason
+                self._finish(request, request.stops.finish_reason, piece)
 
     def _note_prompt_logprobs(self, flight: Flight, finished: Finished, part: slice) -> None:
         """Note log-probabilities of the prompt tokens that follow a chunk's tokens."""
@@ -325,8 +325,8 @@ class Engine:
         top = request.params.prompt_logprobs
         assert top is not None
         logits = finished.logits_MV[part][first - flight.start : last - flight.start]
-        following = request.prompt_ids[first + 1 : last + 1]
-        request.prompt_logprobs.extend(self.sampler.logprobs(logits, following, top))
+        following = torch.tensor(request.prompt_ids[first + 1 : last + 1], device=logits.device)
+        request.prompt_logprobs.extend(token_logprobs(logits, following, [top] * len(logits)))
 
     def _piece(self, request: Request, outputs: dict[int, StepOutput]) -> StepOutput:
         piece = outputs.get(id(request))
@@ -419,7 +419,7 @@ class Engine:
         return a_layer * (own * layout.own_layers + block * layout.block_layers)
 
     def check_integrity(self) -> None:
-        """Assert that every page, row and slot is in one place, and that nothing leaks when idle."""
+        """Assert that every page, row and slot is in one place; when idle, that none leaks."""
         self.scheduler.check_integrity()
         if not self.has_work:
             assert self.blocks.num_used == 0, "pages leak"

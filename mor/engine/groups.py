@@ -1,4 +1,4 @@
-"""Which implementation runs the layers: compiled kernels where they can be had, else plain torch."""
+"""Which implementation runs the layers: compiled kernels where there are any, else torch."""
 
 from __future__ import annotations
 
