@@ -389,7 +389,7 @@ class Engine:
         try:
             for prompt, wanted in zip(prompts, each, strict=True):
                 ids.append(self.add(prompt, wanted))
-            with progress("requests", len(ids) if use_tqdm else 0) as bar:
+            with progress("requests", len(ids), show=use_tqdm) as bar:
                 while self.has_work:
                     done = sum(piece.finish_reason is not None for piece in self.step())
                     bar.advance(done)

@@ -189,13 +189,9 @@ class Scheduler:
 
     def collect(self, batch: Batch) -> list[Flight]:
         """Sort flights after the block; returns those that pass the coda now."""
-        still = []
-        for flight in batch.in_block:
-            if len(flight.active):
-                still.append(flight)
-            else:
-                self.ready.append(flight)
-        self.in_block = still
+        self._give_back(batch.in_block)
+        self.in_block = [flight for flight in batch.in_block if len(flight.active)]
+        self.ready += [flight for flight in batch.in_block if not len(flight.active)]
         period = min(self.coda_period(len(self.running)), self.num_recursions)
         if self.in_block and self.tick - self.last_coda_tick < period:
             return []
@@ -212,6 +208,16 @@ class Scheduler:
         if due:
             self.last_coda_tick = self.tick
         return due
+
+    def _give_back(self, flights: list[Flight]) -> None:
+        """Give back the places that flights out of the block did not use, and empty pages."""
+        if not flights:
+            return
+        nothing = self.blocks.layout.num_tables
+        slots = np.array([flight.request.slot for flight in flights])
+        unused = [nothing if len(f.active) else 1 + f.recursion for f in flights]
+        tokens = np.array([len(flight) for flight in flights])
+        self.blocks.release(slots, np.array(unused), tokens)
 
     def retire(self, flight: Flight) -> None:
         """Free the rows of a flight that is through."""

@@ -1,0 +1,156 @@
+"""The engine gives what the plain model gives, whatever runs beside a request, in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support_engine import (
+    SERVED,
+    assert_exact,
+    greedy,
+    new_engine,
+    pages_for,
+    prompt_of,
+    served_model,
+)
+
+from mor.model.mor import MoR
+
+MAX_NEW = 9
+
+
+def mixed_prompts(seed: int) -> list[list[int]]:
+    """Prompts of all lengths, some that begin alike and one that comes twice."""
+    draw = random.Random(seed)
+    prompts = [prompt_of(draw.randint(1, 40), seed=seed * 10 + i) for i in range(6)]
+    prompts[3] = [*prompts[1], 5]
+    prompts[5] = list(prompts[1])
+    return prompts
+
+
+def run_twice_and_check(model: MoR, seed: int, **settings_) -> list[int]:
+    """Run prompts, then the same ones on what the cache keeps; returns tokens that it gave."""
+    engine = new_engine(model, **settings_)
+    prompts = mixed_prompts(seed)
+    for _ in range(2):
+        outputs = engine.generate(prompts, greedy(MAX_NEW))
+        engine.check_integrity()
+        for output in outputs:
+            assert_exact(model, output)
+    return [output.num_cached_tokens for output in outputs]
+
+
+@pytest.mark.parametrize("index", range(len(SERVED)))
+def test_chunked_prompts_and_a_prefix_cache_change_nothing(index: int) -> None:
+    """The test that breaks others: the same prompt twice."""
+    cached = run_twice_and_check(served_model(index), 1, max_num_batched_tokens=9)
+    assert sum(cached) > 60
+
+
+@pytest.mark.parametrize("index", range(len(SERVED)))
+def test_preemption_replays_depths_and_changes_nothing(index: int) -> None:
+    model = served_model(index)
+    room = pages_for(model, 38, 4, 1.0)
+    engine = new_engine(model, kv_cache_bytes=room, max_num_seqs=5, coda_period=2)
+    prompts = [prompt_of(3 + i, seed=i) for i in range(5)]
+    for output in engine.generate(prompts, greedy(30)):
+        assert_exact(model, output)
+    engine.check_integrity()
+    assert engine.scheduler.num_preemptions > 0, "the test would prove nothing"
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_mix_of_arrivals_aborts_and_sizes_is_exact(data: st.DataObject) -> None:
+    """And nothing leaks in any tick, no page is given twice, everyone finishes."""
+    model = served_model(data.draw(st.integers(0, len(SERVED) - 1)))
+    block_size = data.draw(st.sampled_from([2, 4, 6, 16]))
+    seqs = data.draw(st.integers(1, 5))
+    engine = new_engine(
+        model,
+        block_size=block_size,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=seqs + data.draw(st.integers(1, 30)),
+        kv_cache_bytes=pages_for(model, 50, block_size, data.draw(st.sampled_from([1.0, 1.5, 4]))),
+        enable_prefix_caching=data.draw(st.booleans()),
+        coda_period=data.draw(st.integers(0, 3)),
+    )
+    shared = prompt_of(24, seed=3)
+    waiting = []
+    for i in range(data.draw(st.integers(1, 7))):
+        length = data.draw(st.integers(1, 36))
+        prompt = shared[:length] if data.draw(st.booleans()) else prompt_of(length, seed=i)
+        waiting.append((data.draw(st.integers(0, 12)), prompt, data.draw(st.integers(1, MAX_NEW))))
+    abort_at = data.draw(st.lists(st.integers(0, 20), max_size=2))
+    tick, running, done = 0, [], []
+    while waiting or engine.has_work:
+        for arrival in [w for w in waiting if w[0] <= tick]:
+            waiting.remove(arrival)
+            running.append(engine.add(arrival[1], greedy(arrival[2])))
+        if tick in abort_at and running:
+            engine.forget(running.pop(data.draw(st.integers(0, len(running) - 1))))
+        engine.step()
+        engine.check_integrity()
+        finished = [r for r in running if engine.is_done(r)]
+        running = [r for r in running if r not in finished]
+        done += [engine.result(r) for r in finished]
+        tick += 1
+        assert tick < 2000, "not everyone finishes"
+    for output in done:
+        assert output.outputs[0].finish_reason == "length"
+        assert_exact(model, output)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_request_may_ask_for_less_depth_beside_others(limit: int) -> None:
+    model = served_model(0)
+    engine = new_engine(model)
+    prompt = prompt_of(20, seed=1)
+    both = [greedy(MAX_NEW), greedy(MAX_NEW, max_recursions=limit)]
+    full, less = engine.generate([prompt, prompt], both)
+    again_full, again_less = engine.generate([prompt, prompt], both)
+    engine.check_integrity()
+    assert_exact(model, full)
+    assert again_full.outputs == full.outputs and again_less.outputs == less.outputs
+    assert again_less.num_cached_tokens == 16, "each policy has its own entries"
+    assert max(less.prompt_depths) == limit and max(full.prompt_depths) == 3
+    assert less.flops_saved > full.flops_saved
+
+
+@pytest.mark.parametrize("index", [0, 4, 6, 9, 12])
+def test_prompt_logprobs_are_those_of_the_plain_model(index: int) -> None:
+    model = served_model(index)
+    engine = new_engine(model, max_num_batched_tokens=7)
+    prompt = prompt_of(17, seed=4)
+    (output,) = engine.generate([prompt], greedy(3, prompt_logprobs=2, logprobs=3))
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + output.outputs[0].token_ids]), rule="causal").logits
+    expected = logits[0].log_softmax(-1)
+    assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+    for place, told in enumerate(output.prompt_logprobs[1:], start=1):
+        assert told is not None and told.token == prompt[place] and len(told.top) == 2
+        assert told.logprob == pytest.approx(float(expected[place - 1, prompt[place]]), abs=1e-5)
+    assert output.outputs[0].logprobs is not None and len(output.outputs[0].logprobs) == 3
+    for place, told in enumerate(output.outputs[0].logprobs, start=len(prompt) - 1):
+        assert told.logprob == pytest.approx(float(expected[place].max()), abs=1e-5)
+
+
+def test_samples_of_a_request_do_not_depend_on_the_batch() -> None:
+    """Nor on chunks, preemption or the cache: the draw is a hash of seed, answer and place."""
+    model = served_model(0)
+    from mor.engine.params import SamplingParams
+
+    params = SamplingParams(max_tokens=12, temperature=1.3, top_p=0.9, seed=7, n=3)
+    prompt = prompt_of(11, seed=2)
+    alone = new_engine(model).generate([prompt], params)[0]
+    room = pages_for(model, 50, 4, 1.5)
+    engine = new_engine(model, kv_cache_bytes=room, max_num_batched_tokens=5)
+    others = [prompt_of(30, seed=s) for s in range(3)]
+    beside = engine.generate([*others, prompt], [greedy(20)] * 3 + [params])[-1]
+    tokens = [answer.token_ids for answer in alone.outputs]
+    assert tokens == [answer.token_ids for answer in beside.outputs]
+    assert len({tuple(t) for t in tokens}) == 3
