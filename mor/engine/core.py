@@ -97,7 +97,8 @@ class Flight:
     recursion: int = 0
     """recursions done by the active tokens"""
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return len(self.rows)
 
     @property

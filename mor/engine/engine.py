@@ -253,6 +253,7 @@ class Engine:
 
     def _update(self, due: list[Flight], finished: Finished) -> list[StepOutput]:
         """Note depths, draw tokens, end what is done."""
+        self.scheduler.see_depths([depth for depths in finished.depths for depth in depths])
         outputs: dict[int, StepOutput] = {}
         drawing: list[tuple[Request, int]] = []
         for flight, part, depths in zip(due, finished.rows, finished.depths, strict=True):
@@ -284,9 +285,6 @@ class Engine:
         request.num_done = flight.stop
         fresh = depths[max(len(request.depths) - flight.start, 0) :]
         request.depths.extend(fresh)
-        tables = range(1, self.blocks.layout.num_depths + 1)
-        stored = [sum(1 for depth in depths if depth >= table) for table in tables]
-        self.scheduler.see_depths(stored, len(depths))
         self._piece(request, outputs).depths.extend(fresh)
 
     def _note_tokens(

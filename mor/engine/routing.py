@@ -10,33 +10,22 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mor.model.mor import MoR
-from mor.model.router import join
-from mor.model.token_router import TokenRouter
+from mor.model.router import Router, join
+from mor.model.token_router import TokenChoice, TokenRouter
 from mor.ops.select import hash_uniform
 
 
-class Entry(NamedTuple):
-    """What is decided when rows leave the prelude."""
-
-    gate_N: Tensor | None
-    """gate of recursion 1; None where it has none, or where all are known"""
-    gates_NR: Tensor | None
-    """gates of all recursions (token choice)"""
-    exit_gate_N: Tensor | None
-    """gate at the exit (token choice)"""
-    depth_N: Tensor | None
-    """recursions to take, where that is known now (token choice)"""
-
-
 class Decision(NamedTuple):
-    """What is decided after a recursion."""
+    """What is decided about rows that may take a recursion."""
 
-    goes_on_N: Tensor
+    goes_on_N: Tensor | None
+    """None for everyone"""
     gate_N: Tensor | None
-    """gate of the next recursion"""
+    """gate of that recursion; None for none"""
 
 
 class DepthRouter:
@@ -47,56 +36,73 @@ class DepthRouter:
         self.stack = model.model
         self.is_token_choice = self.config.router == "token_choice"
         self.has_gate = self.config.has_router and not self.is_token_choice
-        self.num_recursions = self.config.num_recursions
+        if self.config.router == "random":
+            routers = [self._router(r) for r in range(self.config.num_recursions)]
+            shares = [
+                router.capacity(r) / router.capacity(r - 1) for r, router in enumerate(routers)
+            ]
+            self.shares_R = torch.tensor(shares, dtype=torch.float64, device=model.device)
+        self.joined_RD = self.joined_bias_R = None
+        if self.has_gate and self.config.router_body == "linear" and not self.config.has_aux_router:
+            bodies = [cast(nn.Linear, self._router(r).body) for r in range(self.config.num_routers)]
+            self.joined_RD = torch.cat([body.weight for body in bodies])
+            if self.config.router_bias:
+                self.joined_bias_R = torch.cat([cast(Tensor, body.bias) for body in bodies])
+
+    def _router(self, recursion: int) -> Router:
+        return self.stack.router(recursion)
 
     def thresholds(self) -> tuple[float, ...]:
         """Return the thresholds of the model folder, one a recursion; 0 where there are none."""
         if not self.has_gate or self.config.router == "random":
-            return (0.0,) * self.num_recursions
-        return tuple(float(self.stack.router(r).threshold) for r in range(self.num_recursions))
+            return (0.0,) * self.config.num_recursions
+        return tuple(float(self._router(r).threshold) for r in range(self.config.num_recursions))
 
-    def enter(self, x_ND: Tensor) -> Entry:
-        """Decide what can be decided on states that leave the prelude."""
-        if self.is_token_choice:
-            router = cast(TokenRouter, self.stack.routers[0])
-            choice = router.choose(router.scores(x_ND)[1])
-            exit_gate = choice.exit_gate_N1
-            return Entry(
-                None,
-                choice.step_gate_NR,
-                None if exit_gate is None else exit_gate[:, 0],
-                choice.depth_N,
-            )
-        if not self.has_gate:
-            return Entry(None, None, None, None)
-        router = self.stack.router(0)
-        return Entry(router.gate(router.logits(x_ND)[0]), None, None, None)
+    def choose(self, x_ND: Tensor) -> TokenChoice:
+        """Decide for all recursions, on states that leave the prelude (token choice)."""
+        router = cast(TokenRouter, self.stack.routers[0])
+        return router.choose(router.scores(x_ND)[1])
 
     def decide(
         self,
-        recursion: int,
+        recursion_N: Tensor,
         x_ND: Tensor,
         *,
         threshold_N: Tensor,
         position_N: Tensor,
         token_N: Tensor,
     ) -> Decision:
-        """Decide about rows that may take a recursion (from 0); token choice has decided before.
+        """Decide about rows that may take a recursion (from 0, int64); not for token choice.
 
-        threshold_N  fp32, each row's own threshold of this recursion
+        threshold_N  fp64, each row's own threshold of that recursion
         """
         if not self.has_gate:
-            everyone = torch.ones(len(x_ND), dtype=torch.bool, device=x_ND.device)
-            return Decision(everyone, None)
-        router = self.stack.router(recursion)
-        logit_N, causal_N = router.logits(x_ND)
+            return Decision(None, None)
+        logit_N, causal_N = self._logits(recursion_N, x_ND)
+        gate_N = self._router(0).gate(logit_N)
         if self.config.router == "random":
-            draw_N = hash_uniform(
-                position_N, token_N, seed=self.config.router_seed, recursion=recursion
-            )
-            share = router.capacity(recursion) / router.capacity(recursion - 1)
-            return Decision(draw_N < share, router.gate(logit_N))
-        return Decision(torch.sigmoid(causal_N) > threshold_N, router.gate(logit_N))
+            return Decision(self._draws(recursion_N, position_N, token_N), gate_N)
+        return Decision(torch.sigmoid(causal_N) > threshold_N, gate_N)
+
+    def _logits(self, recursion_N: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Score each row by the router of its recursion: for the gate, and for the rule."""
+        if self.joined_RD is not None:
+            wide = torch.promote_types(x_ND.dtype, torch.float32)
+            logit_NR = F.linear(x_ND.to(wide), self.joined_RD, self.joined_bias_R)
+            logit_N = logit_NR.gather(1, recursion_N[:, None])[:, 0]
+            return logit_N, logit_N
+        wide = self._router(0).threshold.dtype
+        logit_N, causal_N = (x_ND.new_empty(len(x_ND), dtype=wide) for _ in range(2))
+        for recursion in range(self.config.num_recursions):
+            at = (recursion_N == recursion).nonzero()[:, 0]
+            if len(at):
+                logit_N[at], causal_N[at] = self._router(recursion).logits(x_ND[at])
+        return logit_N, causal_N
+
+    def _draws(self, recursion_N: Tensor, position_N: Tensor, token_N: Tensor) -> Tensor:
+        config = self.config
+        draw_N = hash_uniform(position_N, token_N, seed=config.router_seed, recursion=recursion_N)
+        return draw_N < self.shares_R[recursion_N]
 
     def join(self, x_ND: Tensor, block_ND: Tensor, gate_N: Tensor | None) -> Tensor:
         """Join a recursion's result to the stream."""

@@ -7,6 +7,7 @@ Shapes: N rows, D width, R recursions, V vocabulary, M rows whose logits are wan
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from mor.engine.core import Batch, Flight
 from mor.engine.layers import LayerGroups, LayerRows
 from mor.engine.routing import DepthRouter
 from mor.model.mor import MoR
+
+NO_ROWS = np.zeros(0, np.int64)
 
 
 class Finished(NamedTuple):
@@ -52,10 +55,13 @@ class Runner:
         self.start = torch.zeros(num_rows if self.router.is_token_choice else 0, D, **tensor)
         """what recursion 1 got, for the exit of token choice"""
         wide = torch.promote_types(groups.state_dtype, torch.float32)
-        self.gate = torch.zeros(num_rows, R, dtype=wide, device=self.device)
-        """gate of each recursion, as far as known"""
+        self.gate = torch.zeros(num_rows, dtype=wide, device=self.device)
+        """gate of the recursion that a row takes next"""
+        self.gates = torch.zeros(num_rows, R, dtype=wide, device=self.device)
+        """gates of all recursions (token choice)"""
         self.exit_gate = torch.zeros(num_rows, dtype=wide, device=self.device)
-        self.has_gate = self.has_exit_gate = False
+        self.has_gate = self.config.gating in ("weighted", "residual")
+        self.has_exit_gate = self.router.is_token_choice and self.config.gating == "residual"
         # on the host
         self.position = np.zeros(num_rows, np.int64)
         self.token = np.zeros(num_rows, np.int64)
@@ -89,7 +95,7 @@ class Runner:
     def _enter(self, flights: list[Flight]) -> None:
         """Embed tokens, run the prelude, and decide what is decided before recursion 1."""
         rows = np.concatenate([flight.rows for flight in flights])
-        count = np.array([len(flight) for flight in flights])
+        count = np.array([flight.count for flight in flights])
         first = np.array([flight.start for flight in flights])
         position = np.repeat(first, count) + _rank(count)
         self.position[rows] = position
@@ -104,23 +110,32 @@ class Runner:
             self.blocks.commit(slots, np.zeros_like(slots), count, count)
             where = self._own_rows(np.repeat(slots, count), position, len(rows))
             x_ND = self.groups.run("prelude", x_ND, where)
-        entry = self.router.enter(x_ND)
         index = self._tensor(rows)
-        self.x[index] = x_ND
-        if entry.gate_N is not None:
-            self.gate[index, 0] = entry.gate_N
-            self.has_gate = True
-        if entry.gates_NR is not None:
-            self.gate[index] = entry.gates_NR
-            self.has_gate = True
-        if entry.exit_gate_N is not None:
-            self.exit_gate[index] = entry.exit_gate_N
-            self.has_exit_gate = True
+        self.x.index_copy_(0, index, x_ND)
         if self.router.is_token_choice:
-            self.start[index] = x_ND
-        if entry.depth_N is not None:
-            chosen = np.minimum(self.limit[rows], entry.depth_N.cpu().numpy())
+            choice = self.router.choose(x_ND)
+            self.start.index_copy_(0, index, x_ND)
+            if choice.step_gate_NR is not None:
+                self.gates[index] = choice.step_gate_NR
+            if choice.exit_gate_N1 is not None:
+                self.exit_gate[index] = choice.exit_gate_N1[:, 0]
+            chosen = np.minimum(self.limit[rows], choice.depth_N.cpu().numpy())
             self.limit[rows] = np.where(self.is_replayed[rows], self.limit[rows], chosen)
+        else:  # everyone takes recursion 1; only its gate is asked for
+            self._decide(rows, index, np.zeros_like(rows), x_ND)
+
+    def _decide(self, rows: Ints, index: Tensor, recursion: Ints, x_ND: Tensor) -> Tensor | None:
+        """Ask the routers who may take a recursion, and note the gates of those that do."""
+        decision = self.router.decide(
+            self._tensor(recursion),
+            x_ND,
+            threshold_N=self._tensor(self.threshold[rows, recursion]),
+            position_N=self._tensor(self.position[rows]),
+            token_N=self._tensor(self.token[rows]),
+        )
+        if decision.gate_N is not None:
+            self.gate.index_copy_(0, index, decision.gate_N)
+        return decision.goes_on_N
 
     def _set_limits(self, flights: list[Flight], rows: Ints, count: Ints) -> None:
         """Note how deep each row may go, and by which thresholds."""
@@ -142,71 +157,58 @@ class Runner:
         at = np.repeat(recursion, count)
         index = self._tensor(rows)
         x_ND = self.x[index]
-        block_ND = self.groups.run(
-            "block", x_ND.clone(), self._block_rows(flights, rows, count, recursion)
-        )
+        where = self._block_rows(flights, rows, count, recursion)
+        block_ND = self.groups.run("block", x_ND.clone(), where)
         if self.stack.recursion_encoding is not None:
             block_ND = block_ND * self.stack.recursion_encoding[self._tensor(at)].to(block_ND)
-        gate_N = self.gate[index, self._tensor(at)] if self.has_gate else None
+        gate_N = None
+        if self.has_gate:
+            by_row = self.router.is_token_choice
+            gate_N = self.gates[index, self._tensor(at)] if by_row else self.gate[index]
         x_ND = self.router.join(x_ND, block_ND, gate_N)
-        self.x[index] = x_ND
+        self.x.index_copy_(0, index, x_ND)
         self.depth[rows] = at + 1
-        goes_on = self._route(rows, at, x_ND)
+        goes_on = self._route(rows, index, at + 1, x_ND)
+        if len(rows) == len(flights):  # one token each
+            for flight, goes in zip(flights, goes_on.tolist(), strict=True):
+                flight.recursion += 1
+                if not goes:
+                    flight.active = NO_ROWS
+            return
         ends = count.cumsum()
         for flight, end, length in zip(flights, ends.tolist(), count.tolist(), strict=True):
             flight.active = flight.active[goes_on[end - length : end]]
             flight.recursion += 1
 
-    def _route(self, rows: Ints, at: Ints, x_ND: Tensor) -> np.ndarray:
-        """Return which rows take another recursion; note the gate that they will have there."""
-        goes_on = at + 1 < self.limit[rows]
-        if not self.router.has_gate:
+    def _route(self, rows: Ints, index: Tensor, following: Ints, x_ND: Tensor) -> np.ndarray:
+        """Return which rows take the recursion that follows; their gates are noted."""
+        goes_on = following < self.limit[rows]
+        if not self.router.has_gate or not goes_on.any():
             return goes_on
-        for recursion in range(1, self.config.num_recursions):
-            asked = (goes_on & (at == recursion - 1)).nonzero()[0]
-            if not len(asked):
-                continue
-            which = rows[asked]
-            decision = self.router.decide(
-                recursion,
-                x_ND[self._tensor(asked)],
-                threshold_N=self._tensor(self.threshold[which, recursion]),
-                position_N=self._tensor(self.position[which]),
-                token_N=self._tensor(self.token[which]),
-            )
-            goes_on[asked] = decision.goes_on_N.cpu().numpy() | self.is_replayed[which]
-            if decision.gate_N is not None:
-                self.gate[self._tensor(which), recursion] = decision.gate_N
+        last = self.config.num_recursions - 1
+        asked_N = self._decide(rows, index, np.minimum(following, last), x_ND)
+        if asked_N is not None:
+            goes_on &= asked_N.cpu().numpy() | self.is_replayed[rows]
         return goes_on
 
     @torch.inference_mode()
     def finish(self, flights: list[Flight]) -> Finished:
         """Run coda and head for flights that left the block."""
-        wanted: list[Ints] = []
-        rest: list[Ints] = []
-        parts: list[slice] = []
-        begin = 0
-        for flight in flights:
-            kept = 0
-            if flight.request.params.prompt_logprobs is not None:
-                kept = len(flight)
-            elif flight.wants_logits:
-                kept = 1
-            split = len(flight) - kept
-            rest.append(flight.rows[:split])
-            wanted.append(flight.rows[split:])
-            parts.append(slice(begin, begin + kept))
-            begin += kept
+        kept = [self._num_wanted(flight) for flight in flights]
+        ends = list(itertools.accumulate(kept))
+        begin = ends[-1]
+        parts = [slice(end - count, end) for end, count in zip(ends, kept, strict=True)]
+        wanted = [f.rows[f.count - count :] for f, count in zip(flights, kept, strict=True)]
+        rest = [f.rows[: f.count - count] for f, count in zip(flights, kept, strict=True)]
         # Rows that only leave keys and values come last. Attention does not mind their order.
         rows = np.concatenate([*wanted, *rest])
-        slot_of = np.array([flight.request.slot for flight in flights])
-        slots = np.concatenate(
-            [
-                np.repeat(slot_of, [len(part) for part in wanted]),
-                np.repeat(slot_of, [len(part) for part in rest]),
-            ]
-        )
-        depths = [self.depth[flight.rows].tolist() for flight in flights]
+        counts = [len(part) for part in (*wanted, *rest)]
+        slots = np.repeat([flight.request.slot for flight in flights] * 2, counts)
+        in_order = self.depth[np.concatenate([flight.rows for flight in flights])].tolist()
+        depths, first = [], 0
+        for flight in flights:
+            depths.append(in_order[first : first + flight.count])
+            first += flight.count
         if not begin and not self.config.num_coda_layers:
             return Finished(None, parts, depths)
         index = self._tensor(rows)
@@ -219,6 +221,13 @@ class Runner:
             x_ND = self.groups.run("coda", x_ND, where)
         logits = self.groups.logits(x_ND[:begin]) if begin else None
         return Finished(logits, parts, depths)
+
+    @staticmethod
+    def _num_wanted(flight: Flight) -> int:
+        """Tokens of a flight, counted from its end, whose logits are wanted."""
+        if flight.request.params.prompt_logprobs is not None:
+            return flight.count
+        return 1 if flight.wants_logits else 0
 
     def _own_rows(self, slots: Ints, position: Ints, num_full: int) -> LayerRows:
         """Describe rows to prelude and coda, where every token has a place: its position."""
@@ -246,7 +255,7 @@ class Runner:
         makes_keys = recursion == 0 if self.keeps_first_keys else np.ones_like(recursion, bool)
         table = np.where(makes_keys, 1 + recursion, 1)
         first = np.zeros_like(recursion)
-        length = np.array([len(flight) for flight in flights])
+        length = np.array([flight.count for flight in flights])
         first[makes_keys] = blocks.commit(
             slots[makes_keys], table[makes_keys], count[makes_keys], length[makes_keys]
         )

@@ -9,7 +9,7 @@ prompt starts a chunk in the first tick that has room, R + 1 ticks at most.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -216,7 +216,7 @@ class Scheduler:
         nothing = self.blocks.layout.num_tables
         slots = np.array([flight.request.slot for flight in flights])
         unused = [nothing if len(f.active) else 1 + f.recursion for f in flights]
-        tokens = np.array([len(flight) for flight in flights])
+        tokens = np.array([flight.count for flight in flights])
         self.blocks.release(slots, np.array(unused), tokens)
 
     def retire(self, flight: Flight) -> None:
@@ -277,11 +277,12 @@ class Scheduler:
         request.num_started = request.num_done = 0
         request.entry = None
 
-    def see_depths(self, stored: Iterable[int], tokens: int) -> None:
-        """Move the mean shares by what a prompt's chunk or many tokens have shown."""
-        weight = min(0.1, tokens / 256)
-        shares = np.array(list(stored), float) / max(tokens, 1)
-        self.active_share += weight * (shares - self.active_share)
+    def see_depths(self, depths: Sequence[int]) -> None:
+        """Move the mean shares by the depths of tokens that went through."""
+        at_depth = np.bincount(depths, minlength=self.num_recursions + 1)[1:]
+        shares = at_depth[::-1].cumsum()[::-1] / len(depths)
+        weight = min(0.1, len(depths) / 256)
+        self.active_share += weight * (shares[: len(self.active_share)] - self.active_share)
 
     def check_integrity(self) -> None:
         """Assert that rows, slots and pages are each in one place."""

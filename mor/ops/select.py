@@ -34,14 +34,20 @@ def top_k_count(length_B: Tensor, capacity: float) -> Tensor:
     return torch.minimum(k_B.clamp(min=1), length_B)
 
 
-def hash_uniform(position_N: Tensor, token_N: Tensor, *, seed: int, recursion: int) -> Tensor:
+def hash_uniform(
+    position_N: Tensor, token_N: Tensor, *, seed: int, recursion: int | Tensor
+) -> Tensor:
     """Draw a number of [0, 1) from (seed, recursion, position, token id) alone.
+
+    recursion  from 0; of all rows, or of each (N, int64)
 
     The same token at the same place draws the same number in training, prefill and decode,
     whatever else is in the batch. Returns float64 of shape N.
     Source: the finaliser of SplitMix64, in wrapping int64 arithmetic.
     """
     state_N = position_N.to(torch.int64) * _ODD[0] + token_N.to(torch.int64) * _ODD[1]
+    if isinstance(recursion, Tensor):
+        return _unit(_mix(state_N + _wrap(seed * _ODD[2]) + (recursion + 1) * _ODD[3]))
     return _unit(_mix(state_N + _wrap(seed * _ODD[2] + (recursion + 1) * _ODD[3])))
 
 

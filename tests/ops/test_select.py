@@ -81,3 +81,12 @@ def test_draws_of_seeds_samples_and_steps_are_uniform_and_unrelated():
     assert related.abs().max() < 0.03
     successive = torch.corrcoef(torch.stack([streams[2][1:], streams[2][:-1]]))[0, 1]
     assert successive.abs() < 0.03
+
+
+def test_the_hash_takes_one_recursion_or_each_rows_own():
+    position, token = torch.arange(40), torch.arange(40) * 7
+    own = torch.arange(40) % 3
+    mixed = hash_uniform(position, token, seed=2**62 + 5, recursion=own)
+    for recursion in range(3):
+        alone = hash_uniform(position, token, seed=2**62 + 5, recursion=recursion)
+        assert torch.equal(mixed[own == recursion], alone[own == recursion])

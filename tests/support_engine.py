@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from support_model import KINDS, OPTIONS, random_ids
@@ -31,8 +32,9 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return random_ids(length, seed=seed).tolist()
 
 
-def new_engine(model: MoR, **settings) -> Engine:
-    values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "backend": "torch"}
+def new_engine(model: MoR, **settings: Any) -> Engine:
+    values: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4}
+    values["backend"] = "torch"
     return Engine(model, EngineConfig(**values | settings))
 
 
