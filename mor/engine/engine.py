@@ -19,6 +19,7 @@ import torch
 
 from mor.checkpoint import load_calibration, load_model
 from mor.engine.blocks import BlockManager, Layout
+from mor.engine.coda import Costs, best_period
 from mor.engine.config import EngineConfig
 from mor.engine.core import DepthPolicy, Flight, Request
 from mor.engine.depth import depth_policy
@@ -102,6 +103,8 @@ class Engine:
         self.requests: dict[str, list[Request]] = {}
         self.callbacks: dict[str, OnOutput] = {}
         self._ids = itertools.count()
+        self._costs: Costs | None = None
+        self._periods: dict[tuple[int, tuple[float, ...]], int] = {}
 
     @classmethod
     def load(
@@ -406,7 +409,16 @@ class Engine:
             self.forget(request_id)
 
     def _coda_period(self, num_running: int) -> int:
-        return self.config.coda_period or 1
+        """Return the ticks from one call of the coda to the next for so many requests."""
+        if self.config.coda_period or num_running <= 1 or self.model.config.num_recursions == 1:
+            return self.config.coda_period or 1
+        if self._costs is None:
+            self._costs = self.runner.measure(self.config.max_num_seqs)
+        shares = self.scheduler.active_share
+        key = num_running, tuple((shares * 20).round().tolist())
+        if key not in self._periods:
+            self._periods[key] = best_period(self._costs, shares.tolist(), num_running)
+        return self._periods[key]
 
     @property
     def kv_bytes(self) -> int:

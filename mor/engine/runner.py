@@ -8,7 +8,8 @@ Shapes: N rows, D width, R recursions, V vocabulary, M rows whose logits are wan
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mor.engine.blocks import BlockManager, Ints
+from mor.engine.coda import Costs
 from mor.engine.core import Batch, Flight
 from mor.engine.layers import LayerGroups, LayerRows
 from mor.engine.routing import DepthRouter
@@ -222,6 +224,40 @@ class Runner:
         logits = self.groups.logits(x_ND[:begin]) if begin else None
         return Finished(logits, parts, depths)
 
+    @torch.inference_mode()
+    def measure(self, max_rows: int) -> Costs:
+        """Time block and ends for numbers of rows up to max_rows, without touching a page."""
+        rows = sorted({min(2**i, max_rows) for i in range(max_rows.bit_length() + 1)})
+        block_s, ends_s = [], []
+        for count in rows:
+            x_ND = torch.zeros(count, self.config.hidden_size, dtype=self.groups.state_dtype)
+            x_ND, where = x_ND.to(self.device), self._nowhere(count)
+
+            def ends(x_ND: Tensor = x_ND, where: LayerRows = where) -> None:
+                if self.blocks.layout.own_layers:
+                    self.groups.run("prelude", x_ND.clone(), where)
+                    self.groups.run("coda", x_ND.clone(), where)
+                self.groups.argmax(self.groups.logits(x_ND))
+
+            block_s.append(_best_of(lambda x=x_ND, w=where: self.groups.run("block", x.clone(), w)))
+            ends_s.append(_best_of(ends))
+        return Costs(rows, block_s, ends_s)
+
+    def _nowhere(self, count: int) -> LayerRows:
+        """Describe rows that see nothing and leave nothing."""
+        zero_N = self._tensor(np.zeros(count, np.int32))
+        return LayerRows(
+            position_N=zero_N,
+            recursion_N=zero_N,
+            recursion_starts=(0, *[count] * self.config.num_recursions),
+            tables_TM=self.tables_TM,
+            table_N=zero_N,
+            count_N=zero_N,
+            slot_N=self._tensor(np.full(count, -1)),
+            num_kv_rows=count,
+            num_full_rows=count,
+        )
+
     @staticmethod
     def _num_wanted(flight: Flight) -> int:
         """Tokens of a flight, counted from its end, whose logits are wanted."""
@@ -280,6 +316,17 @@ class Runner:
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
+
+
+def _best_of(run: Callable[[], object], times: int = 3) -> float:
+    """Return the shortest of a few runs, in seconds, after one that warms up."""
+    run()
+    seconds = []
+    for _ in range(times):
+        start_s = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start_s)
+    return min(seconds)
 
 
 def _rank(count: Ints) -> Ints:

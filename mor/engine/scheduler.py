@@ -50,8 +50,8 @@ class Scheduler:
         self.free_rows = list(range(num_rows - 1, -1, -1))
         self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self.num_preemptions = 0
-        self.active_share = np.ones(blocks.layout.num_depths)
-        """running mean of the share of tokens stored at each depth, for admission"""
+        self.active_share = np.ones(num_recursions)
+        """running mean of the share of tokens active at each recursion"""
 
     @property
     def has_work(self) -> bool:
@@ -282,7 +282,7 @@ class Scheduler:
         at_depth = np.bincount(depths, minlength=self.num_recursions + 1)[1:]
         shares = at_depth[::-1].cumsum()[::-1] / len(depths)
         weight = min(0.1, len(depths) / 256)
-        self.active_share += weight * (shares[: len(self.active_share)] - self.active_share)
+        self.active_share += weight * (shares - self.active_share)
 
     def check_integrity(self) -> None:
         """Assert that rows, slots and pages are each in one place."""

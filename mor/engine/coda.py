@@ -1,0 +1,59 @@
+"""When the coda runs: the period that the measured times of block and ends make cheapest.
+
+Running coda, head and prelude every tick keeps no row waiting, but reads their weights for few
+rows; waiting gathers rows for them and takes rows from the block. A small simulation of the mean
+numbers of rows at every depth says which is better for so many requests in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+TICKS = 48
+"""simulated; the first third is left out"""
+
+
+class Costs(NamedTuple):
+    """Seconds by number of rows, as measured on this machine."""
+
+    rows: list[int]
+    block_s: list[float]
+    """one call of the shared block"""
+    ends_s: list[float]
+    """coda, head, argmax, embedding and prelude together"""
+
+
+def best_period(costs: Costs, shares: Sequence[float], num_requests: int) -> int:
+    """Return the ticks between calls of the coda that make most tokens a second, 1..R.
+
+    shares        share of tokens active at each recursion
+    num_requests  requests in flight, one row each
+    """
+    periods = range(1, len(shares) + 1)
+    return max(periods, key=lambda period: tokens_per_s(costs, shares, num_requests, period))
+
+
+def tokens_per_s(costs: Costs, shares: Sequence[float], num_requests: int, period: int) -> float:
+    """Simulate the mean numbers of rows at each depth for a fixed period."""
+    passes = [b / max(a, 1e-9) for a, b in zip(shares, [*shares[1:], 0.0], strict=True)]
+    at = np.zeros(len(shares))
+    at[0] = num_requests
+    ready = tokens = seconds = 0.0
+    for tick in range(1, TICKS + 1):
+        seconds += _cost(costs.rows, costs.block_s, at.sum())
+        goes_on = at * passes
+        ready += float((at - goes_on).sum())
+        at = np.concatenate(([0.0], goes_on[:-1]))
+        if tick % period == 0 or at.sum() < 0.5:
+            seconds += _cost(costs.rows, costs.ends_s, ready)
+            at[0], tokens, ready = ready, tokens + ready, 0.0
+        if tick == TICKS // 3:
+            tokens = seconds = 0.0
+    return tokens / seconds
+
+
+def _cost(rows: list[int], seconds: list[float], count: float) -> float:
+    return 0.0 if count < 1e-6 else float(np.interp(max(count, 1.0), rows, seconds))
