@@ -56,7 +56,7 @@ ROWS = st.builds(
 LOGITS = st.lists(
     st.integers(-3, 3).map(float)  # equal ones are common
     | st.floats(-20, 20, width=32)
-    | st.sampled_from([-math.inf, -0.0, 1e30]),
+    | st.sampled_from([-math.inf, -0.0, 0.5, 1e30]),
     min_size=V,
     max_size=V,
 )
@@ -168,6 +168,33 @@ def test_frequencies_are_those_of_the_distribution(values: dict[str, Any], varie
     chi_square = float(((seen_V[kept] - expected) ** 2 / expected).sum())
     bound = [0.0, 10.9, 13.9, 16.3, 18.5, 20.6, 22.5, 24.4]  # by degrees of freedom, p = 0.001
     assert chi_square <= bound[int(kept.sum()) - 1]
+
+
+def test_equal_tokens_at_the_edge_of_the_kept_set():
+    """Each case with the tokens that may be drawn out of four equal ones and a poor one."""
+    logits = torch.tensor([0.0, 0.0, -1e9, 0.0, 0.0])
+    cases: list[tuple[dict[str, Any], set[int]]] = [
+        ({"top_p": 0.5}, {0, 1}),  # the half is reached exactly
+        ({"top_p": 0.51}, {0, 1, 3}),
+        ({"top_p": 1e-9}, {0}),
+        ({"top_k": 1}, {0, 1, 3, 4}),
+        ({"min_p": 1.0}, {0, 1, 3, 4}),
+        ({"top_k": 2, "top_p": 0.75}, {0, 1, 3}),
+    ]
+    for values, kept in cases:
+        rows = [some_row(SamplingParams(**values), seed=i) for i in range(100)]
+        drawn = Sampler().sample(logits.repeat(100, 1), rows).token_N
+        assert set(drawn.tolist()) == kept
+
+
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (1 - 2**-53, 2)])
+def test_the_smallest_and_the_largest_draw_stay_in_the_kept_set(monkeypatch, draw, token):
+    monkeypatch.setattr(
+        "mor.engine.sampler.hash_draw",
+        lambda seed_N, *_: torch.full(seed_N.shape, draw, dtype=torch.float64),
+    )
+    logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]])
+    assert Sampler().sample(logits, [some_row()]).token_N.tolist() == [token]
 
 
 def test_steps_and_samples_of_one_seed_draw_differently():

@@ -90,10 +90,13 @@ def naive_answer(
     return Ending(len(ids), None, None), complete_text(ids, params, tokenizer)
 
 
-TEXTS = st.text(alphabet="ab é漢😀\ufffd", min_size=1, max_size=5)
+# Few characters, so that stop strings overlap; most of them take more than a byte.
+TEXTS = st.text(alphabet="ab", min_size=1, max_size=5) | st.text(
+    alphabet="a é漢😀\ufffd", min_size=1, max_size=3
+)
 PARAMS = st.fixed_dictionaries(
     {
-        "stop": st.lists(TEXTS | st.sampled_from(["ab", "aba", "bab", "a b", "endof"]), max_size=3),
+        "stop": st.lists(TEXTS | st.sampled_from(["a b", "endof", "ab|"]), max_size=4),
         "stop_token_ids": st.lists(st.integers(1, 299), max_size=2),
         "include_stop_str_in_output": st.booleans(),
         "ignore_eos": st.booleans(),
@@ -104,7 +107,10 @@ PARAMS = st.fixed_dictionaries(
 )
 # Ids of text, and any others: half a character, an end of document in the middle.
 BPE_IDS = st.lists(
-    TEXTS.map(BPE.encode) | st.lists(st.integers(0, 299), min_size=1, max_size=1), max_size=8
+    TEXTS.map(BPE.encode)
+    | TEXTS.map(BPE.encode)
+    | st.lists(st.integers(0, 299), min_size=1, max_size=1),
+    max_size=8,
 ).map(lambda parts: [token for part in parts for token in part])
 WORD_IDS = st.lists(st.integers(0, 3), max_size=10)
 
@@ -154,6 +160,25 @@ def test_text_that_may_begin_a_stop_string_is_held_until_it_is_decided() -> None
     assert ending == (7, "stop", "END")
     _, shown = answer(checker_of(SamplingParams(stop="END", include_stop_str_in_output=True)), ids)
     assert shown == list("xENyEND")
+
+
+def test_of_overlapping_stop_strings_the_first_to_be_complete_ends_the_answer() -> None:
+    ids = [BPE.encode(char)[0] for char in "xaabc"]
+
+    def ends(*stops: str, min_tokens: int = 0) -> tuple[int | str | None, str]:
+        params = SamplingParams(stop=list(stops), min_tokens=min_tokens)
+        checker = checker_of(params)
+        ending, shown = answer(checker, ids)
+        return ending.stop_reason, "".join(shown) + checker.flush()
+
+    assert ends("aabc", "ab") == ends("ab", "aabc") == ("ab", "xa")
+    assert ends("b", "aab", "ab") == ("aab", "x")
+    assert ends("aabx", "bc") == ("bc", "xaa")
+    assert ends("xaa", "a", min_tokens=4) == (None, "xaabc")
+    # it began among the first tokens, but is complete only after them
+    assert ends("aab", min_tokens=3) == ("aab", "x")
+    assert ends("aab", "abc", min_tokens=4) == ("abc", "xa")
+    assert ends("a", "aabd", min_tokens=3) == (None, "xaabc")
 
 
 def test_without_stop_strings_text_is_shown_at_once() -> None:
