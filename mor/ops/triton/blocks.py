@@ -77,11 +77,12 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     ]
 
 
-def check_pages(q_NHK: Tensor, kv: Tensor, tables_TM: Tensor) -> int:
+def check_pages(q_NHK: Tensor, kv: Tensor, tables_TM: Tensor, *rows_N: Tensor) -> int:
     """Check what the attention kernels take for granted; return query heads per key head."""
     heads, key_heads = q_NHK.shape[1], kv.shape[2]
     assert kv.shape[1] == 2 and kv.shape[4] == q_NHK.shape[2], (kv.shape, q_NHK.shape)
     assert heads % key_heads == 0, (heads, key_heads)
     assert q_NHK.dtype == kv.dtype, (q_NHK.dtype, kv.dtype)
+    assert all(row_N.is_contiguous() for row_N in rows_N)
     assert q_NHK.stride(2) == kv.stride(4) == tables_TM.stride(1) == 1
     return heads // key_heads

@@ -49,7 +49,7 @@ def paged_decode(
     """
     assert num_splits >= 1, num_splits
     (N, H, K), (_, _, G, P, _) = q_NHK.shape, kv.shape
-    group = check_pages(q_NHK, kv, tables_TM)
+    group = check_pages(q_NHK, kv, tables_TM, table_N, count_N)
     out_NHK = torch.empty_like(q_NHK) if out_NHK is None else out_NHK
     assert out_NHK.stride(2) == 1
     has_splits = num_splits > 1

@@ -31,6 +31,7 @@ def add_rms_norm(
     """
     N, D = stream_ND.shape
     assert (recursion_N is None) == (gain_RD.dim() == 1), gain_RD.shape
+    assert recursion_N is None or recursion_N.is_contiguous()
     assert gain_RD.is_contiguous() and stream_ND.stride(1) == 1
     assert update_ND is None or (update_ND.shape == (N, D) and update_ND.stride(1) == 1)
     normed_ND = torch.empty((N, D), dtype=stream_ND.dtype, device=stream_ND.device)

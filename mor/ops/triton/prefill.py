@@ -33,7 +33,8 @@ class Tiles(NamedTuple):
     table_W: Tensor
 
     def to(self, device: torch.device) -> Tiles:
-        return Tiles(*(part_W.to(device, non_blocking=True) for part_W in self))
+        """Copy all three to a device at once."""
+        return Tiles(*torch.stack(self).to(device, non_blocking=True))
 
 
 def rows_per_tile(group: int) -> int:
@@ -86,8 +87,10 @@ def paged_prefill(
     Source     tiling: FlashAttention, arXiv 2307.08691
     """
     (_, _, K), (_, _, G, P, _) = q_NHK.shape, kv.shape
-    group = check_pages(q_NHK, kv, tables_TM)
+    group = check_pages(q_NHK, kv, tables_TM, count_N, *tiles)
     assert group <= QUERIES, group
+    # fp32 has no tensor cores here: smaller blocks and more warps keep it in registers
+    is_wide = q_NHK.dtype == torch.float32
     out_NHK = torch.empty_like(q_NHK) if out_NHK is None else out_NHK
     assert out_NHK.stride(2) == 1
     _attend_tile[(len(tiles.start_W), G)](
@@ -96,7 +99,8 @@ def paged_prefill(
         q_NHK.stride(0), q_NHK.stride(1), *kv.stride()[:4], tables_TM.stride(0),
         out_NHK.stride(0), out_NHK.stride(1),
         GROUP=group, P=P, K=K, QUERIES=QUERIES, BLOCK_K=max(16, triton.next_power_of_2(K)),
-        KEYS=KEYS, DOT=dot_dtype(q_NHK.dtype), num_warps=4, num_stages=3,
+        KEYS=KEYS // 2 if is_wide else KEYS, DOT=dot_dtype(q_NHK.dtype),
+        num_warps=8 if is_wide else 4, num_stages=3,
     )  # fmt: skip
     return out_NHK
 

@@ -134,10 +134,10 @@ def _gather(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     index = tl.load(index_ptr + row).to(tl.int64)
+    num_read = tl.where(index >= 0, width, 0)
     dim_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask_D = dim_D < width
-    x_D = tl.load(from_ptr + index * stride_from + dim_D, mask=mask_D & (index >= 0), other=FILL)
-    tl.store(to_ptr + row * stride_to + dim_D, x_D, mask=mask_D)
+    x_D = tl.load(from_ptr + index * stride_from + dim_D, mask=dim_D < num_read, other=FILL)
+    tl.store(to_ptr + row * stride_to + dim_D, x_D, mask=dim_D < width)
 
 
 @triton.jit

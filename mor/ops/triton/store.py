@@ -19,7 +19,7 @@ def store(k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, slot_N: Tensor) -> None:
     kv            (pages, 2, G, P, K), written in place, any strides but the last
     slot_N        int64; no slot twice
     """
-    _check(k_NGK, v_NGK, kv)
+    _check(k_NGK, v_NGK, kv, slot_N)
     N, G, K = k_NGK.shape
     _store[(N,)](
         k_NGK, v_NGK, kv, slot_N, *k_NGK.stride()[:2], *v_NGK.stride()[:2], *kv.stride()[:4],
@@ -47,7 +47,7 @@ def rotate_and_store(
     Returns         turned queries (N, H, K); products in fp32, rounded once
     Source          half-split rotary embedding, as `rotate` in mor/model/layers.py
     """
-    _check(k_NGK, v_NGK, kv)
+    _check(k_NGK, v_NGK, kv, slot_N)
     return _rotate(q_NHK, (k_NGK, v_NGK, kv, slot_N), cos_CK, sin_CK, position_N)
 
 
@@ -64,7 +64,7 @@ def _rotate(
     position_N: Tensor,
 ) -> Tensor:
     N, H, K = q_NHK.shape
-    assert K % 2 == 0, K
+    assert K % 2 == 0 and position_N.is_contiguous(), K
     assert q_NHK.stride(2) == cos_CK.stride(1) == sin_CK.stride(1) == 1
     out_NHK = torch.empty((N, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
     # without keys the kernel never touches these
@@ -82,7 +82,8 @@ def _rotate(
     return out_NHK
 
 
-def _check(k_NGK: Tensor, v_NGK: Tensor, kv: Tensor) -> None:
+def _check(k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, slot_N: Tensor) -> None:
+    assert slot_N.is_contiguous()
     assert k_NGK.shape == v_NGK.shape, (k_NGK.shape, v_NGK.shape)
     assert kv.shape[1:3] == (2, k_NGK.shape[1]) and kv.shape[4] == k_NGK.shape[2], kv.shape
     assert k_NGK.dtype == v_NGK.dtype == kv.dtype, (k_NGK.dtype, v_NGK.dtype, kv.dtype)

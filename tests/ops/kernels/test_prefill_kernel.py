@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support_paged import make_paged, paged_attention_reference
+from support_paged import Paged, make_paged, paged_attention_reference
 
 pytest.importorskip("triton.language", reason="triton is not installed")
 from mor.ops.triton.prefill import KEYS, paged_prefill, plan_tiles, rows_per_tile
 
 
 def check(
-    paged, tables: list[int], counts: list[int], *, group: int, close, dtype, device: str
+    paged: Paged, tables: list[int], counts: list[int], *, group: int, close, dtype, device: str
 ) -> None:
     G, K = paged.kv.shape[2], paged.kv.shape[4]
     table_N = torch.tensor(tables, dtype=torch.int32, device=device)
@@ -23,8 +23,8 @@ def check(
 
 @pytest.mark.parametrize(("group", "K", "P"), [(1, 64, 16), (3, 64, 5), (5, 32, 1), (3, 24, 100)])
 def test_chunks_are_plain_attention(group, K, P, dtype, close, device):
-    long = 2 * KEYS + 3
-    paged = make_paged([long, 30, 1], G=2, K=K, P=P, dtype=dtype, device=device)
+    long = KEYS + 3
+    paged = make_paged([long, 30, 1], G=1, K=K, P=P, dtype=dtype, device=device)
     # the end of a long prompt over more than one tile, a whole short prompt, a decoded token
     late = rows_per_tile(group) + 2
     tables = [0] * late + [1] * 30 + [2]
@@ -33,7 +33,7 @@ def test_chunks_are_plain_attention(group, K, P, dtype, close, device):
 
 
 def test_counts_may_jump_fall_and_be_none(dtype, close, device):
-    paged = make_paged([200, 9], G=1, K=32, P=16, dtype=dtype, device=device)
+    paged = make_paged([200, 9], G=2, K=32, P=16, dtype=dtype, device=device)
     tables = [0] * 8 + [1, 0, 1]
     counts = [0, 200, 3, 0, 64, 65, 199, 1, 0, 128, 9]
     check(paged, tables, counts, group=3, close=close, dtype=dtype, device=device)
