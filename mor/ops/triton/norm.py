@@ -27,7 +27,7 @@ def add_rms_norm(
     gain_RD      (D,), or (R, D) with a gain for each recursion
     recursion_N  integers, the row of gain_RD that each row takes; asked for with (R, D)
     Returns      the sum rounded to the stream's type, and its norm (from the rounded sum, in fp32)
-    Cost         reads stream and update, writes sum and norm: 4 N D x itemsize bytes, not 6
+    Cost         reads stream and update, writes sum and norm: 4 N D x itemsize bytes, not 5
     """
     N, D = stream_ND.shape
     assert (recursion_N is None) == (gain_RD.dim() == 1), gain_RD.shape

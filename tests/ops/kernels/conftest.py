@@ -1,7 +1,8 @@
 """Kernels run in Triton's interpreter where there is no GPU, and compiled where there is one.
 
-Triton chooses when it is imported, once for a process: `cpu` tests want the interpreter, `cuda`
-tests a GPU. On a machine with a GPU, TRITON_INTERPRET=1 brings the interpreter back.
+Triton chooses when it is imported, once for a process, so tests/conftest.py asks for the
+interpreter where it sees no GPU. `cpu` tests want the interpreter, `cuda` tests a GPU;
+TRITON_INTERPRET=1 or 0 chooses by hand.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -21,9 +20,7 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and not IS_INTERPRETED:
         pytest.skip("kernels are compiled in this process; TRITON_INTERPRET=1 interprets them")
     if request.param == "cuda" and IS_INTERPRETED:
-        pytest.skip(
-            "kernels are interpreted in this process; unset TRITON_INTERPRET to compile them"
-        )
+        pytest.skip("kernels are interpreted in this process; TRITON_INTERPRET=0 compiles them")
     return request.param
 
 
