@@ -13,6 +13,7 @@ HF_LOWEST = transformers==5.0.0 peft==0.18.0 tokenizers==0.22.2 huggingface_hub=
 	httpx==0.28.1 httpcore==1.0.9 typer-slim==0.24.0
 STAMP = $(VENV)/.mor-setup
 VERSION_OK = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+TRITON = import importlib.metadata as m; print(m.version("triton"))
 TORCH_OK = import importlib.metadata as m, re; v = m.version("torch"); \
 	print(v if tuple(map(int, re.findall(r"\d+", v)[:2])) >= (2, 11) else "")
 
@@ -58,14 +59,17 @@ $(PY):
 		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-# A suitable torch that is already in .venv stays: its own version replaces the pin.
+# A suitable torch that is already in .venv stays, and the triton that came with it: their own
+# versions replace the pins.
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	@$(PY) -c '$(VERSION_OK)' || { \
 		echo "$(VENV) holds $$($(PY) --version), but 3.11 to 3.14 is needed; remove $(VENV), then run make setup again" >&2; exit 2; }
 	@torch=$$($(PY) -c '$(TORCH_OK)' 2>/dev/null); \
 	if [ -n "$$torch" ]; then \
 		echo "keeping torch $$torch"; \
-		sed "s/^torch==.*/torch==$$torch/" constraints.txt > $(VENV)/constraints.txt; \
+		triton=$$($(PY) -c '$(TRITON)' 2>/dev/null); \
+		sed -e "s/^torch==.*/torch==$$torch/" -e "$${triton:+s/^triton==.*/triton==$$triton/}" \
+			constraints.txt > $(VENV)/constraints.txt; \
 	else \
 		cp constraints.txt $(VENV)/constraints.txt; \
 		if [ "$$(uname -s)" = Linux ]; then \

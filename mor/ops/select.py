@@ -45,10 +45,10 @@ def hash_uniform(
     whatever else is in the batch. Returns float64 of shape N.
     Source: the finaliser of SplitMix64, in wrapping int64 arithmetic.
     """
-    state_N = position_N.to(torch.int64) * _ODD[0] + token_N.to(torch.int64) * _ODD[1]
+    state_N = position_N.to(torch.int64) * ODD[0] + token_N.to(torch.int64) * ODD[1]
     if isinstance(recursion, Tensor):
-        return _unit(_mix(state_N + _wrap(seed * _ODD[2]) + (recursion + 1) * _ODD[3]))
-    return _unit(_mix(state_N + _wrap(seed * _ODD[2] + (recursion + 1) * _ODD[3])))
+        return _unit(_mix(state_N + wrap(seed * ODD[2]) + (recursion + 1) * ODD[3]))
+    return _unit(_mix(state_N + wrap(seed * ODD[2] + (recursion + 1) * ODD[3])))
 
 
 def hash_draw(seed_N: Tensor, sample_N: Tensor, step_N: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ def hash_draw(seed_N: Tensor, sample_N: Tensor, step_N: Tensor) -> Tensor:
     Seed and sample are mixed before the step is added, so streams of two seeds are not the same
     numbers shifted. Source: as hash_uniform, the finaliser twice.
     """
-    stream_N = _mix(seed_N * _ODD[0] + sample_N * _ODD[1])
-    return _unit(_mix(stream_N + step_N * _ODD[2]))
+    stream_N = _mix(seed_N * ODD[0] + sample_N * ODD[1])
+    return _unit(_mix(stream_N + step_N * ODD[2]))
 
 
 def _mix(state_N: Tensor) -> Tensor:
-    for shift, factor in ((30, _ODD[4]), (27, _ODD[5])):
+    for shift, factor in ((30, ODD[4]), (27, ODD[5])):
         state_N = (state_N ^ _shift_right(state_N, shift)) * factor
     return state_N ^ _shift_right(state_N, 31)
 
@@ -72,13 +72,13 @@ def _unit(state_N: Tensor) -> Tensor:
     return _shift_right(state_N, 11).to(torch.float64) / 2.0**53
 
 
-def _wrap(value: int) -> int:
+def wrap(value: int) -> int:
     """Return value as a signed 64-bit integer."""
     return (value + 2**63) % 2**64 - 2**63
 
 
-_ODD = tuple(
-    _wrap(value)
+ODD = tuple(
+    wrap(value)
     for value in (
         0x9E3779B97F4A7C15,
         0xC2B2AE3D27D4EB4F,
