@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
 from mor.config import check_choice
 
-Backend = Literal["auto", "native", "torch"]
+Backend = Literal["auto", "native", "triton", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class EngineConfig:
     coda_period: int = 0
     """ticks from one call of the coda to the next; 0 for what measured times say"""
     backend: Backend = "auto"
-    """native: compiled kernels; torch: the plain path; auto: native where it can be had"""
+    """native: compiled for the CPU; triton: on a GPU; torch: plain; auto: the fastest to be had"""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "max_num_batched_tokens"):
@@ -45,4 +46,4 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} leaves no row for prompts "
                 f"beside max_num_seqs {self.max_num_seqs} decode rows; give a larger one"
             )
-        check_choice("backend", self.backend, ("auto", "native", "torch"))
+        check_choice("backend", self.backend, typing.get_args(Backend))

@@ -88,7 +88,7 @@ class Engine:
             num_pages, layout.page_elements, dtype=weight.dtype, device=weight.device
         )
         num_rows = config.max_num_seqs + 2 * config.max_num_batched_tokens
-        self.groups = build_groups(model, pool, layout, config)
+        self.groups = build_groups(model, pool, layout, config, max_model_len=self.max_model_len)
         self.runner = Runner(model, self.groups, self.blocks, num_rows=num_rows)
         self.scheduler = Scheduler(
             config,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,28 @@ from mor.model.mor import MoR
 from mor.ops.native import library
 
 
-def build_groups(model: MoR, pool: Tensor, layout: Layout, config: EngineConfig) -> LayerGroups:
+def build_groups(
+    model: MoR, pool: Tensor, layout: Layout, config: EngineConfig, *, max_model_len: int
+) -> LayerGroups:
     """Return what runs the model's layers on this pool of pages.
 
-    Raises ValueError when compiled kernels are asked for and cannot be had
+    Raises ValueError when a backend is asked for that cannot be had
     """
     sizes = (layout.own_page_tokens if layout.own_layers else 0, layout.block_page_tokens)
-    fits = pool.device.type == "cpu" and pool.dtype in (torch.bfloat16, torch.float32)
-    kernels = library.load() if fits and config.backend != "torch" else None
-    if kernels is not None:
-        return NativeGroups(model, pool, sizes, kernels)
-    if config.backend == "native":
+    backend, is_cpu = config.backend, pool.device.type == "cpu"
+    is_float = pool.dtype in (torch.bfloat16, torch.float32)
+    if backend in ("auto", "native") and is_cpu and is_float:
+        kernels = library.load()
+        if kernels is not None:
+            return NativeGroups(model, pool, sizes, kernels)
+    has_triton = importlib.util.find_spec("triton") is not None and is_float
+    if has_triton and (backend == "triton" or (backend == "auto" and not is_cpu)):
+        from mor.engine.triton_groups import TritonGroups
+
+        most = {"max_rows": config.max_num_seqs, "max_count": max_model_len}
+        return TritonGroups(model, pool, sizes, **most)
+    if backend in ("native", "triton"):
         raise ValueError(
-            f"backend native is not to be had on {pool.device.type} with {pool.dtype}; use torch"
+            f"backend {backend} is not to be had on {pool.device.type} with {pool.dtype}; use torch"
         )
     return TorchGroups(model, pool, sizes)

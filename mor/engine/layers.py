@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mor.engine.blocks import Ints
 from mor.model.layers import Layer, Projection, RMSNorm, Rotary, rotary_angles, rotate
 from mor.model.mor import MoR
 from mor.ops.paged import paged_attention_reference, store_reference
@@ -45,6 +46,10 @@ class LayerRows:
     """rows from here on make no keys and values, since recursion 1's serve"""
     num_full_rows: int
     """rows from here on end with their keys and values of the group's last layer"""
+    host_table_N: Ints
+    """table_N on the host, for kernels that plan by it"""
+    max_count: int
+    """largest of count_N"""
 
     def __len__(self) -> int:
         return len(self.position_N)
@@ -131,19 +136,27 @@ class TorchGroups:
             turn = Rotary(rotary.cos_N1K[:made], rotary.sin_N1K[:made])
             k_NGK = _project(attention.k_proj, normed_ND[:made], rows).unflatten(-1, heads)
             v_NGK = _project(attention.v_proj, normed_ND[:made], rows).unflatten(-1, heads)
-            store_reference(rotate(k_NGK, turn), v_NGK, kv, rows.slot_N[:made])
+            self._store(rotate(k_NGK, turn), v_NGK, kv, rows.slot_N[:made])
         turn = Rotary(rotary.cos_N1K[:full], rotary.sin_N1K[:full])
         q_NHK = rotate(
             _project(attention.q_proj, normed_ND[:full], rows).unflatten(-1, heads), turn
         )
-        attended_NHK = paged_attention_reference(
-            q_NHK, kv, rows.tables_TM, rows.table_N[:full], rows.count_N[:full]
-        )
+        attended_NHK = self._attend(q_NHK, kv, rows)
         x_ND = x_ND[:full] + _project(attention.o_proj, attended_NHK.flatten(-2), rows)
         normed_ND = _norm(layer.post_attention_layernorm, x_ND, rows)
         gate_NF = F.silu(_project(layer.mlp.gate_proj, normed_ND, rows))
         up_NF = _project(layer.mlp.up_proj, normed_ND, rows)
         return x_ND + _project(layer.mlp.down_proj, gate_NF * up_NF, rows)
+
+    def _store(self, k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, slot_N: Tensor) -> None:
+        store_reference(k_NGK, v_NGK, kv, slot_N)
+
+    def _attend(self, q_NHK: Tensor, kv: Tensor, rows: LayerRows) -> Tensor:
+        """Attend from the first rows of a call, as many as there are queries."""
+        N = len(q_NHK)
+        return paged_attention_reference(
+            q_NHK, kv, rows.tables_TM, rows.table_N[:N], rows.count_N[:N]
+        )
 
     def logits(self, x_ND: Tensor) -> Tensor:
         logit_NV = F.linear(self.model.model.norm(x_ND), self.model.head_weight_VD)

@@ -256,6 +256,8 @@ class Runner:
             slot_N=self._tensor(np.full(count, -1)),
             num_kv_rows=count,
             num_full_rows=count,
+            host_table_N=np.zeros(count, np.int64),
+            max_count=0,
         )
 
     @staticmethod
@@ -269,16 +271,19 @@ class Runner:
         """Describe rows to prelude and coda, where every token has a place: its position."""
         size = self.blocks.layout.own_page_tokens
         page = self.blocks.tables[slots, 0, position // size].astype(np.int64)
+        table = slots * self.blocks.layout.num_tables
         return LayerRows(
             position_N=self._tensor(position.astype(np.int32)),
             recursion_N=self._tensor(np.zeros(len(slots), np.int32)),
             recursion_starts=(0, len(slots)),
             tables_TM=self.tables_TM,
-            table_N=self._tensor((slots * self.blocks.layout.num_tables).astype(np.int32)),
+            table_N=self._tensor(table.astype(np.int32)),
             count_N=self._tensor((position + 1).astype(np.int32)),
             slot_N=self._tensor(page * size + position % size),
             num_kv_rows=len(slots),
             num_full_rows=num_full,
+            host_table_N=table,
+            max_count=int(position.max()) + 1,
         )
 
     def _block_rows(
@@ -300,18 +305,20 @@ class Runner:
         place[num_kv_rows:] = position[num_kv_rows:]  # of recursion 1's table: its own position
         slot_N, table_N = np.repeat(slots, count), np.repeat(table, count)
         page = blocks.tables[slot_N, table_N, place // size].astype(np.int64)
-        at = np.repeat(recursion, count)
+        at, host_table = np.repeat(recursion, count), slot_N * blocks.layout.num_tables + table_N
         starts = np.searchsorted(at, np.arange(self.config.num_recursions + 1))
         return LayerRows(
             position_N=self._tensor(position.astype(np.int32)),
             recursion_N=self._tensor(at.astype(np.int32)),
             recursion_starts=tuple(starts.tolist()),
             tables_TM=self.tables_TM,
-            table_N=self._tensor((slot_N * blocks.layout.num_tables + table_N).astype(np.int32)),
+            table_N=self._tensor(host_table.astype(np.int32)),
             count_N=self._tensor((place + 1).astype(np.int32)),
             slot_N=self._tensor(page * size + place % size),
             num_kv_rows=num_kv_rows,
             num_full_rows=len(rows),
+            host_table_N=host_table,
+            max_count=int(place.max()) + 1,
         )
 
     def _tensor(self, values: np.ndarray) -> Tensor:

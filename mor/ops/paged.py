@@ -33,7 +33,7 @@ def paged_attention_reference(
     Returns    (N, H, K) in the type of q
     Cost       reads each key once for a stretch of rows with the same table
     """
-    out_NHK = torch.zeros_like(q_NHK)
+    out_NHK, device = torch.zeros_like(q_NHK), q_NHK.device
     tables, lengths = torch.unique_consecutive(table_N, return_counts=True)
     single, begin = [], 0
     for table, length in zip(tables.tolist(), lengths.tolist(), strict=True):
@@ -43,8 +43,10 @@ def paged_attention_reference(
             single.append(rows.start)
             continue
         counts = count_N[rows]
-        k_SGK, v_SGK = _gather(kv_P2GSK, tables_TM[table], torch.arange(int(counts.max())))
-        visible_1QS = torch.arange(len(k_SGK)) < counts[None, :, None]
+        k_SGK, v_SGK = _gather(
+            kv_P2GSK, tables_TM[table], torch.arange(int(counts.max()), device=device)
+        )
+        visible_1QS = torch.arange(len(k_SGK), device=device) < counts[None, :, None]
         visible_1QS[0, counts == 0] = True  # any key will do; the row is zeroed
         if len(k_SGK):
             out = attention(q_NHK[rows][None], k_SGK[None], v_SGK[None], visible_BQS=visible_1QS)
@@ -55,9 +57,9 @@ def paged_attention_reference(
         counts = count_N[index].long()
         if len(index):
             # Places behind a row's last key repeat it: what nobody wrote is never read.
-            place_NS = torch.arange(int(counts.max())).minimum(counts[:, None] - 1)
+            place_NS = torch.arange(int(counts.max()), device=device).minimum(counts[:, None] - 1)
             k_NSGK, v_NSGK = _gather(kv_P2GSK, tables_TM[table_N[index].long()], place_NS)
-            visible_N1S = (torch.arange(k_NSGK.shape[1]) < counts[:, None])[:, None]
+            visible_N1S = (torch.arange(k_NSGK.shape[1], device=device) < counts[:, None])[:, None]
             out = attention(q_NHK[index][:, None], k_NSGK, v_NSGK, visible_BQS=visible_N1S)
             out_NHK[index] = out[:, 0]
     return out_NHK

@@ -1,0 +1,100 @@
+"""Every backend gives what the plain model gives, in fp32 up to the first near tie.
+
+A near tie: the two best logits, or a score and its threshold, are closer than 1e-4.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from support_engine import SERVED, greedy, new_engine, prompt_of, served_model
+from test_contracts import THRESHOLDED
+
+from mor.engine.outputs import RequestOutput
+from mor.model.mor import MoR
+from mor.ops.native import library
+
+NEAR = 1e-4
+
+
+@torch.no_grad()
+def first_near_tie(model: MoR, output: RequestOutput) -> int:
+    """Return the position from which the plain model's answer may differ by rounding."""
+    prompt, (answer,) = output.prompt_token_ids, output.outputs
+    out = model(torch.tensor([prompt + answer.token_ids]), rule="causal")
+    best = out.logits[0].topk(2).values
+    near = best[:, 0] - best[:, 1] < NEAR
+    if model.config.router in THRESHOLDED:
+        rows = torch.arange(len(near))
+        for r, stats in enumerate(out.recursions):
+            rows = rows[out.depth[0, rows] >= r] if r else rows
+            if r:
+                near[rows] |= (stats.score_N - model.model.router(r).threshold).abs() < NEAR
+    return int(near.nonzero()[0]) if near.any() else len(near)
+
+
+@torch.no_grad()
+def assert_same_up_to_ties(model: MoR, output: RequestOutput) -> int:
+    """Hold tokens and depths to the plain model before the first near tie; returns tokens held."""
+    prompt, (answer,) = output.prompt_token_ids, output.outputs
+    out = model(torch.tensor([prompt + answer.token_ids]), rule="causal")
+    stop = first_near_tie(model, output)
+    depths = output.prompt_depths + answer.depths
+    assert depths[:stop] == out.depth[0].tolist()[: min(stop, len(depths))]
+    drawn = out.logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    held = max(stop - len(prompt) + 1, 0)
+    assert answer.token_ids[:held] == drawn[:held]
+    return min(held, len(drawn))
+
+
+def check(model: MoR, backend: str, count: int) -> float:
+    engine = new_engine(model, backend=backend, max_num_batched_tokens=12)
+    prompts = [prompt_of(1 + 7 * i % 38, seed=i) for i in range(count)]
+    outputs = engine.generate(prompts, greedy(10))
+    engine.check_integrity()
+    held = sum(assert_same_up_to_ties(model, output) for output in outputs)
+    return held / (10 * count)
+
+
+@pytest.mark.parametrize("index", range(len(SERVED)))
+def test_compiled_kernels_give_the_plain_models_answers(index: int) -> None:
+    if library.load() is None:
+        pytest.skip("no compiler here")
+    assert check(served_model(index, torch.float32), "native", 8) > 0.6
+
+
+@pytest.mark.parametrize("index", range(0, len(SERVED), 4))
+def test_torch_in_fp32_gives_the_plain_models_answers(index: int) -> None:
+    assert check(served_model(index, torch.float32), "torch", 8) > 0.6
+
+
+@pytest.mark.parametrize("index", [0, 6, 12, 28])
+def test_triton_kernels_give_the_plain_models_answers(index: int) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on a GPU the other tests run")
+    assert check(served_model(index, torch.float32), "triton", 3) > 0.6
+
+
+def test_answers_in_bf16_keep_their_depths_mostly() -> None:
+    """Agreement in bf16 is reported, not promised; here it must be far from chance."""
+    if library.load() is None:
+        pytest.skip("no compiler here")
+    wide = served_model(0, torch.float32)
+    narrow = served_model(0, torch.float32).__class__(wide.config)
+    narrow.load_state_dict(wide.state_dict())
+    narrow = narrow.to(torch.bfloat16)
+    engine = new_engine(narrow, backend="native")
+    prompts = [prompt_of(20, seed=i) for i in range(6)]
+    outputs = engine.generate(prompts, greedy(4))
+    same = total = 0
+    with torch.no_grad():
+        for prompt, output in zip(prompts, outputs, strict=True):
+            depth = wide(torch.tensor([prompt]), rule="causal").depth[0].tolist()
+            same += sum(a == b for a, b in zip(depth, output.prompt_depths, strict=True))
+            total += len(prompt)
+    assert same / total > 0.9
