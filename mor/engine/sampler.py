@@ -209,7 +209,7 @@ def _chosen_logprobs(
 
 def _chunks(rows: Sequence[int], logit_NV: Tensor) -> Iterator[list[int]]:
     """Split rows into parts whose copies a CPU's caches, or a GPU's memory, hold with ease."""
-    elements = 2**20 if logit_NV.device.type == "cpu" else 2**24
+    elements = 2**18 if logit_NV.device.type == "cpu" else 2**24
     count = max(1, elements // logit_NV.shape[1])
     for start in range(0, len(rows), count):
         yield list(rows[start : start + count])

@@ -187,6 +187,22 @@ def test_equal_tokens_at_the_edge_of_the_kept_set():
         assert set(drawn.tolist()) == kept
 
 
+def test_no_temperature_is_too_low_or_too_high():
+    logits = torch.tensor([1e10, 0.0, 1e10, -math.inf]).repeat(100, 1)
+    for temperature, kept in ((1e-300, {0, 2}), (1e-20, {0, 2}), (1e300, {0, 1, 2})):
+        params = SamplingParams(temperature=temperature)
+        rows = [some_row(params, seed=i) for i in range(100)]
+        assert set(Sampler().sample(logits, rows).token_N.tolist()) == kept
+
+
+def test_repetition_makes_positive_and_negative_logits_less_likely():
+    params = SamplingParams(temperature=0, repetition_penalty=2.0)
+    for best, other in ((0.5, 0.4), (-0.4, -0.5), (1.5, 1.0)):
+        for ids in ({"prompt_ids": [0]}, {"output_ids": [0], "prompt_ids": []}):
+            logits = torch.tensor([[best, other]])
+            assert Sampler().sample(logits, [some_row(params, **ids)]).token_N.tolist() == [1]
+
+
 @pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (1 - 2**-53, 2)])
 def test_the_smallest_and_the_largest_draw_stay_in_the_kept_set(monkeypatch, draw, token):
     monkeypatch.setattr(
