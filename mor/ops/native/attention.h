@@ -14,7 +14,6 @@
 constexpr int kBlockKeys = 64;
 constexpr int kChunkKeys = 512;
 constexpr int kTileQueries = 24;
-constexpr int kMostQueries = 256;  // of one key head
 #if defined(__AVX512F__)
 constexpr int kAttentionPanels = 4;
 #endif
@@ -141,28 +140,47 @@ static inline void pack_keys(const char* const* keys, long count, long steps, ch
 #endif
 }
 
-// Values of the keys of one step, as weights of one panel: size <= 16 places are real.
-static inline void pack_values(const float* const* values, long, long size, char* out) {
-  std::memcpy(out, *values, size * 4);
-  std::memset(out + size * 4, 0, kStepBytes - size * 4);
-}
-static inline void pack_values(const bf16* const* values, long count, long size, char* out) {
-#if defined(__AVX512F__)
-  if (size == kPanel) {
-    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values[0]));
-    if (count > 1) {
-      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values[1]));
-      low = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+// Values of a block as weights: panels of 16 places, in steps of one or two keys.
+static inline void pack_values(const float* const* values, long keys, long size, long panel_bytes,
+                               char* out) {
+  for (long key = 0; key < keys; key++, out += kStepBytes)
+    for (long first = 0, panel = 0; first < size; first += kPanel, panel++) {
+      const long width = std::min<long>(kPanel, size - first);
+      char* to = out + panel * panel_bytes;
+      std::memcpy(to, values[key] + first, width * 4);
+      std::memset(to + width * 4, 0, kStepBytes - width * 4);
     }
-    _mm512_storeu_si512(out, low);
-    return;
-  }
+}
+
+static inline void pack_values(const bf16* const* values, long keys, long size, long panel_bytes,
+                               char* out) {
+  for (long key = 0; key < keys; key += 2, out += kStepBytes) {
+    const bf16* one = values[key];
+    const bf16* other = key + 1 < keys ? values[key + 1] : nullptr;
+    char* to = out;
+    long first = 0;
+#if defined(__AVX512BW__)
+    const __m512i places = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9,
+                                            40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33,
+                                            1, 32, 0);
+    const __m512i second_half = _mm512_set1_epi16(16);
+    for (; first + 2 * kPanel <= size; first += 2 * kPanel, to += 2 * panel_bytes) {
+      const __m512i low = _mm512_loadu_si512(one + first);
+      const __m512i high = other ? _mm512_loadu_si512(other + first) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, places, high));
+      _mm512_storeu_si512(to + panel_bytes,
+                          _mm512_permutex2var_epi16(
+                              low, _mm512_add_epi16(places, second_half), high));
+    }
 #endif
-  for (long i = 0; i < kPanel; i++) {
-    const uint32_t low = i < size ? values[0][i].bits : 0;
-    const uint32_t high = i < size && count > 1 ? values[1][i].bits : 0;
-    const uint32_t pair = low | high << 16;
-    std::memcpy(out + i * 4, &pair, 4);
+    for (; first < size; first += kPanel, to += panel_bytes)
+      for (long i = 0; i < kPanel; i++) {
+        const bool is_real = first + i < size;
+        const uint32_t low = is_real ? one[first + i].bits : 0;
+        const uint32_t high = is_real && other ? other[first + i].bits : 0;
+        const uint32_t pair = low | high << 16;
+        std::memcpy(to + i * 4, &pair, 4);
+      }
   }
 }
 
@@ -198,8 +216,11 @@ struct AttentionScratch {
   float* scores;   // (Q, 64)
   float* values;   // (Q, K padded)
   float* sums;     // (Q, K padded)
-  float* most;     // (Q)
+  float* most;     // (Q): largest score so far, in powers of 2
   float* total;    // (Q)
+  float* high;     // (Q): of this block
+  float* base;     // (Q)
+  float* keep;     // (Q)
   char* key_panels;
   char* value_panels;
 
@@ -209,7 +230,8 @@ struct AttentionScratch {
   }
 
   char* place(char* from, const Heads& heads) {
-    const long queries_count = std::max(kTileQueries, heads.group());
+    long queries_count = std::max(kTileQueries, heads.group());
+    queries_count = (queries_count + kLanes - 1) / kLanes * kLanes;
     const long padded = heads.panels() * kPanel;
     auto take = [&](auto*& pointer, long count) {
       pointer = (decltype(+pointer))from;
@@ -222,39 +244,53 @@ struct AttentionScratch {
     take(sums, queries_count * padded);
     take(most, queries_count);
     take(total, queries_count);
+    take(high, queries_count);
+    take(base, queries_count);
+    take(keep, queries_count);
     take(key_panels, kBlockKeys / kPanel * (heads.size / Step<E>::kInputs) * kStepBytes);
     take(value_panels, heads.panels() * kStepsOfBlock * kStepBytes);
     return from;
   }
 };
 
-// One query's softmax takes a block in: scores become weights; returns what earlier sums keep.
-template <class E>
-static inline float take_block(long visible, long places, float scale, const float* scores,
-                               E* weights, float* most, float* total) {
-  vec masked[kBlockKeys / kLanes];
+// Softmax of all queries takes a block in: scores become weights, keep says how much of the earlier
+// sums stays. A query sees the block's first visible(q) keys.
+template <class E, class Visible>
+static inline void take_block(long queries, long places, float scale, Visible visible,
+                              const AttentionScratch<E>& scratch) {
   ivec lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
-  vec top = splat(-INFINITY);
-  for (long i = 0; i < places; i += kLanes) {
-    const vec score =
-        choose(lane < int32_t(visible - i), load(scores + i) * scale, splat(-INFINITY));
-    top = choose(score > top, score, top);
-    masked[i / kLanes] = score;
+  for (long q = 0; q < queries; q++) {
+    float* scores = scratch.scores + q * kBlockKeys;
+    const int32_t seen = int32_t(visible(q));
+    vec top = splat(-INFINITY);
+    for (long i = 0; i < places; i += kLanes) {
+      vec score = load(scores + i) * scale;
+      if (seen < i + kLanes) score = choose(lane < seen - int32_t(i), score, splat(-INFINITY));
+      top = choose(score > top, score, top);
+      store(scores + i, score);
+    }
+    scratch.high[q] = std::max(scratch.most[q], largest(top));
   }
-  const float high = std::max(*most, largest(top));
-  const float base = high == -INFINITY ? 0.0f : high;
-  vec added = {};
-  for (long i = 0; i < places; i += kLanes) {
-    const vec weight =
-        choose(lane < int32_t(visible - i), exp2_of(masked[i / kLanes] - base), vec{});
-    added += weight;
-    put_floats(weights + i, weight);
+  for (long q = 0; q < queries; q += kLanes) {
+    const vec high = load(scratch.high + q);
+    const vec base = choose(high > -INFINITY, high, vec{});
+    store(scratch.keep + q, exp2_of(load(scratch.most + q) - base));
+    store(scratch.base + q, base);
+    store(scratch.most + q, high);
   }
-  const float keep = exp2_of(splat(*most - base))[0];
-  *most = high;
-  *total = *total * keep + sum(added);
-  return keep;
+  for (long q = 0; q < queries; q++) {
+    const float* scores = scratch.scores + q * kBlockKeys;
+    const int32_t seen = int32_t(visible(q));
+    vec added = {};
+    for (long i = 0; i < places; i += kLanes) {
+      vec weight = exp2_of(load(scores + i) - scratch.base[q]);
+      if (seen < i + kLanes) weight = choose(lane < seen - int32_t(i), weight, vec{});
+      added += weight;
+      put_floats(scratch.weights + q * kBlockKeys + i, weight);
+    }
+    scratch.total[q] = scratch.total[q] * scratch.keep[q] + sum(added);
+  }
 }
 
 // Where queries come from and results go to: (rows, H, K), rows apart by strides.
@@ -281,10 +317,30 @@ static inline void put_result(E* out, const float* sums, float total, int size) 
   for (; i < size; i++) put(out + i, sums[i] * factor);
 }
 
+// Ask for the keys and values of a block: they lie in small pieces, which the processor does not
+// see coming.
 template <class E>
+static inline void fetch_block(const Pages<E>& pages, const int32_t* table, long head, long first,
+                               long end, int size) {
+  long left = std::min<long>(kBlockKeys, end - first);
+  long page = first / pages.page_tokens, offset = first % pages.page_tokens;
+  for (; left > 0; page++, offset = 0) {
+    const long tokens = std::min<long>(left, pages.page_tokens - offset);
+    const char* keys = (const char*)pages.key(table[page], head, offset, size);
+    const long bytes = tokens * size * sizeof(E);
+    for (long i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(keys + i, 0, 0);
+      __builtin_prefetch(keys + pages.values_offset * sizeof(E) + i, 0, 0);
+    }
+    left -= tokens;
+  }
+}
+
+template <class E, class FetchNext>
 static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
                         const Pages<E>& pages, const Tables& tables, const Queries<E>& io,
-                        const AttentionScratch<E>& scratch, const Partials& partials) {
+                        const AttentionScratch<E>& scratch, const Partials& partials,
+                        FetchNext fetch_next) {
   const long group = heads.group(), size = heads.size, padded = heads.panels() * kPanel;
   const long count = tile.rows * group;
   const long key_steps = size / Step<E>::kInputs;
@@ -309,6 +365,10 @@ static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
   for (long first = begin; first < end; first += kBlockKeys) {
     const long keys = std::min<long>(kBlockKeys, end - first);
     const long panels = (keys + kPanel - 1) / kPanel;
+    if (first + kBlockKeys < end)
+      fetch_block(pages, table, unit.head, first + kBlockKeys, end, heads.size);
+    else
+      fetch_next();
     const E* key[kBlockKeys];
     for (long i = 0; i < keys; i++) {
       key[i] = pages.key(table[page], unit.head, offset, size);
@@ -319,28 +379,18 @@ static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
                 scratch.key_panels + p * key_steps * kStepBytes);
     multiply_small(count, panels, scratch.key_panels, key_steps * kStepBytes, scratch.queries,
                    size, key_steps, scratch.scores, kBlockKeys);
-    float keep[kMostQueries];
-    for (long q = 0; q < count; q++)
-      keep[q] = take_block(tables.count[tile.row + q / group] - first, panels * kPanel, scale,
-                           scratch.scores + q * kBlockKeys, scratch.weights + q * kBlockKeys,
-                           scratch.most + q, scratch.total + q);
+    take_block(
+        count, panels * kPanel, scale,
+        [&](long q) { return tables.count[tile.row + q / group] - first; }, scratch);
     const long value_steps = (keys + Step<E>::kInputs - 1) / Step<E>::kInputs;
-    for (long s = 0; s < value_steps; s++) {
-      const E* value[2];
-      const long in_step = std::min<long>(Step<E>::kInputs, keys - s * Step<E>::kInputs);
-      for (long p = 0; p < heads.panels(); p++) {
-        for (long i = 0; i < in_step; i++)
-          value[i] = key[s * Step<E>::kInputs + i] + pages.values_offset + p * kPanel;
-        pack_values(value, in_step, std::min<long>(kPanel, size - p * kPanel),
-                    scratch.value_panels + p * value_panel_bytes + s * kStepBytes);
-      }
-    }
+    for (long i = 0; i < keys; i++) key[i] += pages.values_offset;
+    pack_values(key, keys, size, value_panel_bytes, scratch.value_panels);
     multiply_small(count, heads.panels(), scratch.value_panels, value_panel_bytes, scratch.weights,
                    kBlockKeys, value_steps, scratch.values, padded);
     for (long q = 0; q < count; q++)
       for (long i = 0; i < padded; i += kLanes) {
         float* to = scratch.sums + q * padded + i;
-        store(to, load(to) * keep[q] + load(scratch.values + q * padded + i));
+        store(to, load(to) * scratch.keep[q] + load(scratch.values + q * padded + i));
       }
   }
 
@@ -383,16 +433,24 @@ static void merge_chunks(const Heads& heads, const Tile& tile, int head, const Q
   }
 }
 
-// Phase: units go to whichever thread is free.
+// Phase: units go to whichever thread is free; each takes its next one early, to fetch for it.
 template <class E>
 static void attend(AttentionPlan& plan, const Heads& heads, const Pages<E>& pages,
                    const Tables& tables, const Queries<E>& io,
                    const AttentionScratch<E>& scratch, const Partials& partials) {
   const long count = long(plan.units.size());
-  for (long u; (u = plan.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+  auto take = [&] { return plan.next.fetch_add(1, std::memory_order_relaxed); };
+  for (long u = take(), following; u < count; u = following) {
+    following = take();
     const Unit& unit = plan.units[u];
     const Tile& tile = plan.tiles[unit.tile];
-    attend_unit(heads, tile, unit, pages, tables, io, scratch, partials);
+    attend_unit(heads, tile, unit, pages, tables, io, scratch, partials, [&] {
+      if (following >= count) return;
+      const Unit& next = plan.units[following];
+      const Tile& of = plan.tiles[next.tile];
+      fetch_block(pages, tables.tables + tables.table[of.row] * tables.stride, next.head,
+                  long(next.chunk) * kChunkKeys, of.keys, heads.size);
+    });
     if (tile.chunks == 1) continue;
     std::atomic<int>& missing = plan.missing[unit.tile * heads.keys + unit.head];
     if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;

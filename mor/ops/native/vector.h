@@ -49,7 +49,7 @@ static inline To bits_as(From from) {
 static inline vec splat(float value) { return value - vec{}; }
 
 static inline vec choose(ivec where, vec yes, vec no) {
-  return bits_as<vec>((where & bits_as<ivec>(yes)) | (~where & bits_as<ivec>(no)));
+  return where ? yes : no;
 }
 
 static inline float to_float(float value) { return value; }
