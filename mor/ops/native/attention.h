@@ -55,9 +55,13 @@ struct Tile {
 
 struct Unit {
   long tile;
-  int head;
   int chunk;
+  int head;
 };
+
+static inline const int32_t* table_of(const Tables& tables, const Tile& tile) {
+  return tables.tables + tables.table[tile.row] * tables.stride;
+}
 
 // Which units attend; made once for all layers, by one thread.
 struct AttentionPlan {
@@ -84,12 +88,12 @@ struct AttentionPlan {
         tile.partials = partials;
         partials += tile.chunks * tile.rows * heads.queries;
       }
-      for (int chunk = 0; chunk < tile.chunks; chunk++)
-        for (int head = 0; head < heads.keys; head++)
-          units.push_back({long(tiles.size()), head, chunk});
       tiles.push_back(tile);
       row += tile.rows;
     }
+    for (size_t t = 0; t < tiles.size(); t++)
+      for (int chunk = 0; chunk < tiles[t].chunks; chunk++)
+        for (int head = 0; head < heads.keys; head++) units.push_back({long(t), chunk, head});
     missing = std::vector<std::atomic<int>>(tiles.size() * heads.keys);
     for (size_t i = 0; i < missing.size(); i++)
       missing[i].store(int(tiles[i / heads.keys].chunks), std::memory_order_relaxed);
@@ -97,66 +101,78 @@ struct AttentionPlan {
   }
 };
 
-// 4-byte steps of up to 16 key vectors, transposed: out[step][key].
-static inline void pack_keys(const char* const* keys, long count, long steps, char* out) {
-#if defined(__AVX512F__)
-  for (long first = 0; first < steps; first += 16) {
-    const long width = std::min(16L, steps - first);
-    const __mmask16 mask = __mmask16((1u << width) - 1);
-    __m512i a[16], b[16];
-    for (long i = 0; i < 16; i++)
-      a[i] = i < count ? _mm512_maskz_loadu_epi32(mask, keys[i] + first * 4) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+// Keys of a block, by address, and those that come after it: they lie in small pieces, which the
+// processor does not see coming, so they are fetched while this block is worked on.
+template <class E>
+struct Block {
+  const E* keys[kBlockKeys];
+  long count = 0;
+
+  void locate(const Pages<E>& pages, const int32_t* table, long head, long first, long end,
+              int size) {
+    count = std::min<long>(kBlockKeys, end - first);
+    long page = first / pages.page_tokens, offset = first % pages.page_tokens;
+    for (long i = 0; i < count; page++, offset = 0) {
+      const E* key = pages.key(table[page], head, offset, size);
+      const long until = std::min<long>(count, i + pages.page_tokens - offset);
+      for (; i < until; i++, key += size) keys[i] = key;
     }
-    for (int i = 0; i < 16; i += 4) {
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-      b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-      b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-      b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-      b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-      a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-      a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-      a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
-      a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
-    }
-    for (long i = 0; i < width; i++) _mm512_storeu_si512(out + (first + i) * kStepBytes, a[i]);
   }
-#else
-  for (long i = 0; i < kPanel; i++)
-    for (long s = 0; s < steps; s++) {
-      uint32_t step = 0;
-      if (i < count) std::memcpy(&step, keys[i] + s * 4, 4);
-      std::memcpy(out + s * kStepBytes + i * 4, &step, 4);
+
+  void fetch_some(long first, long keys_count, int64_t offset, long size) const {
+    const long last = std::min(count, first + keys_count);
+    for (long i = first; i < last; i++)
+      for (long at = 0; at < size; at += 64 / long(sizeof(E))) fetch(keys[i] + offset + at);
+  }
+};
+
+// 4-byte steps of up to 16 key vectors, transposed: out[step][key]. Places without a key repeat the
+// first one; their scores are not looked at.
+static inline void pack_keys(const char* const* keys, long count, long steps, char* out) {
+  const char* key[kPanel];
+  for (long i = 0; i < kPanel; i++) key[i] = keys[i < count ? i : 0];
+  long s = 0;
+#if defined(__AVX512F__)
+  for (; s + 4 <= steps; s += 4, out += 4 * kStepBytes) {
+    __m512i a[4];  // a[i]: four steps of keys i, 4 + i, 8 + i and 12 + i
+    for (int i = 0; i < 4; i++) {
+      auto four = [&](int k) { return _mm_loadu_si128((const __m128i*)(key[k] + s * 4)); };
+      a[i] = _mm512_castsi128_si512(four(i));
+      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x00f0, four(4 + i));
+      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x0f00, four(8 + i));
+      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0xf000, four(12 + i));
     }
+    const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]);
+    const __m512i high01 = _mm512_unpackhi_epi32(a[0], a[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(a[2], a[3]);
+    const __m512i high23 = _mm512_unpackhi_epi32(a[2], a[3]);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(out + kStepBytes, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(out + 2 * kStepBytes, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(out + 3 * kStepBytes, _mm512_unpackhi_epi64(high01, high23));
+  }
 #endif
+  for (; s < steps; s++, out += kStepBytes)
+    for (long i = 0; i < kPanel; i++) std::memcpy(out + i * 4, key[i] + s * 4, 4);
 }
 
-// Values of a block as weights: panels of 16 places, in steps of one or two keys.
-static inline void pack_values(const float* const* values, long keys, long size, long panel_bytes,
-                               char* out) {
+// Values beside keys, as weights: panels of 16 places, in steps of one or two keys.
+static inline void pack_values(const float* const* at, int64_t offset, long keys, long size,
+                               long panel_bytes, char* out) {
   for (long key = 0; key < keys; key++, out += kStepBytes)
     for (long first = 0, panel = 0; first < size; first += kPanel, panel++) {
       const long width = std::min<long>(kPanel, size - first);
       char* to = out + panel * panel_bytes;
-      std::memcpy(to, values[key] + first, width * 4);
+      std::memcpy(to, at[key] + offset + first, width * 4);
       std::memset(to + width * 4, 0, kStepBytes - width * 4);
     }
 }
 
-static inline void pack_values(const bf16* const* values, long keys, long size, long panel_bytes,
-                               char* out) {
+static inline void pack_values(const bf16* const* at, int64_t offset, long keys, long size,
+                               long panel_bytes, char* out) {
   for (long key = 0; key < keys; key += 2, out += kStepBytes) {
-    const bf16* one = values[key];
-    const bf16* other = key + 1 < keys ? values[key + 1] : nullptr;
+    const bf16* one = at[key] + offset;
+    const bf16* other = key + 1 < keys ? at[key + 1] + offset : nullptr;
     char* to = out;
     long first = 0;
 #if defined(__AVX512BW__)
@@ -317,36 +333,17 @@ static inline void put_result(E* out, const float* sums, float total, int size) 
   for (; i < size; i++) put(out + i, sums[i] * factor);
 }
 
-// Ask for the keys and values of a block: they lie in small pieces, which the processor does not
-// see coming.
-template <class E>
-static inline void fetch_block(const Pages<E>& pages, const int32_t* table, long head, long first,
-                               long end, int size) {
-  long left = std::min<long>(kBlockKeys, end - first);
-  long page = first / pages.page_tokens, offset = first % pages.page_tokens;
-  for (; left > 0; page++, offset = 0) {
-    const long tokens = std::min<long>(left, pages.page_tokens - offset);
-    const char* keys = (const char*)pages.key(table[page], head, offset, size);
-    const long bytes = tokens * size * sizeof(E);
-    for (long i = 0; i < bytes; i += 64) {
-      __builtin_prefetch(keys + i, 0, 0);
-      __builtin_prefetch(keys + pages.values_offset * sizeof(E) + i, 0, 0);
-    }
-    left -= tokens;
-  }
-}
-
-template <class E, class FetchNext>
+// blocks[0] holds the unit's first block; at the end it holds what locate_following put there.
+template <class E, class Locate>
 static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
                         const Pages<E>& pages, const Tables& tables, const Queries<E>& io,
                         const AttentionScratch<E>& scratch, const Partials& partials,
-                        FetchNext fetch_next) {
+                        Block<E>* blocks, Locate locate_following) {
   const long group = heads.group(), size = heads.size, padded = heads.panels() * kPanel;
   const long count = tile.rows * group;
   const long key_steps = size / Step<E>::kInputs;
   const long value_panel_bytes = scratch.kStepsOfBlock * kStepBytes;
   const float scale = kLog2E / std::sqrt(float(size));
-  const int32_t* table = tables.tables + tables.table[tile.row] * tables.stride;
   for (long q = 0; q < count; q++) {
     const float* from = io.queries + (tile.row + q / group) * io.query_stride +
                         (unit.head * group + q % group) * size;
@@ -361,30 +358,32 @@ static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
 
   const long begin = long(unit.chunk) * kChunkKeys;
   const long end = std::min<long>(tile.keys, begin + kChunkKeys);
-  long page = begin / pages.page_tokens, offset = begin % pages.page_tokens;
+  if (begin >= end) locate_following(blocks[0]);
   for (long first = begin; first < end; first += kBlockKeys) {
-    const long keys = std::min<long>(kBlockKeys, end - first);
-    const long panels = (keys + kPanel - 1) / kPanel;
+    const Block<E>& block = blocks[0];
+    Block<E>& coming = blocks[1];
     if (first + kBlockKeys < end)
-      fetch_block(pages, table, unit.head, first + kBlockKeys, end, heads.size);
+      coming.locate(pages, table_of(tables, tile), unit.head, first + kBlockKeys, end, size);
     else
-      fetch_next();
-    const E* key[kBlockKeys];
-    for (long i = 0; i < keys; i++) {
-      key[i] = pages.key(table[page], unit.head, offset, size);
-      if (++offset == pages.page_tokens) page++, offset = 0;
-    }
-    for (long p = 0; p < panels; p++)
-      pack_keys((const char* const*)key + p * kPanel, keys - p * kPanel, key_steps,
+      locate_following(coming);
+    const long keys = block.count;
+    const long panels = (keys + kPanel - 1) / kPanel;
+    for (long p = 0; p < panels; p++) {
+      coming.fetch_some(p * kPanel, kPanel, 0, size);
+      pack_keys((const char* const*)block.keys + p * kPanel, keys - p * kPanel, key_steps,
                 scratch.key_panels + p * key_steps * kStepBytes);
+    }
     multiply_small(count, panels, scratch.key_panels, key_steps * kStepBytes, scratch.queries,
                    size, key_steps, scratch.scores, kBlockKeys);
     take_block(
         count, panels * kPanel, scale,
         [&](long q) { return tables.count[tile.row + q / group] - first; }, scratch);
     const long value_steps = (keys + Step<E>::kInputs - 1) / Step<E>::kInputs;
-    for (long i = 0; i < keys; i++) key[i] += pages.values_offset;
-    pack_values(key, keys, size, value_panel_bytes, scratch.value_panels);
+    for (long i = 0; i < keys; i += kPanel) {
+      coming.fetch_some(i, kPanel, pages.values_offset, size);
+      pack_values(block.keys + i, pages.values_offset, std::min<long>(kPanel, keys - i), size,
+                  value_panel_bytes, scratch.value_panels + i / Step<E>::kInputs * kStepBytes);
+    }
     multiply_small(count, heads.panels(), scratch.value_panels, value_panel_bytes, scratch.weights,
                    kBlockKeys, value_steps, scratch.values, padded);
     for (long q = 0; q < count; q++)
@@ -392,6 +391,7 @@ static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
         float* to = scratch.sums + q * padded + i;
         store(to, load(to) * scratch.keep[q] + load(scratch.values + q * padded + i));
       }
+    std::swap(blocks[0], blocks[1]);
   }
 
   if (tile.chunks == 1) {
@@ -440,17 +440,23 @@ static void attend(AttentionPlan& plan, const Heads& heads, const Pages<E>& page
                    const AttentionScratch<E>& scratch, const Partials& partials) {
   const long count = long(plan.units.size());
   auto take = [&] { return plan.next.fetch_add(1, std::memory_order_relaxed); };
-  for (long u = take(), following; u < count; u = following) {
+  auto locate_first = [&](long u, Block<E>& block) {
+    block.count = 0;
+    if (u >= count) return;
+    const Unit& unit = plan.units[u];
+    const Tile& tile = plan.tiles[unit.tile];
+    block.locate(pages, table_of(tables, tile), unit.head, long(unit.chunk) * kChunkKeys,
+                 tile.keys, heads.size);
+  };
+  Block<E> blocks[2];
+  long u = take();
+  locate_first(u, blocks[0]);
+  for (long following; u < count; u = following) {
     following = take();
     const Unit& unit = plan.units[u];
     const Tile& tile = plan.tiles[unit.tile];
-    attend_unit(heads, tile, unit, pages, tables, io, scratch, partials, [&] {
-      if (following >= count) return;
-      const Unit& next = plan.units[following];
-      const Tile& of = plan.tiles[next.tile];
-      fetch_block(pages, tables.tables + tables.table[of.row] * tables.stride, next.head,
-                  long(next.chunk) * kChunkKeys, of.keys, heads.size);
-    });
+    attend_unit(heads, tile, unit, pages, tables, io, scratch, partials, blocks,
+                [&](Block<E>& block) { locate_first(following, block); });
     if (tile.chunks == 1) continue;
     std::atomic<int>& missing = plan.missing[unit.tile * heads.keys + unit.head];
     if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
