@@ -14,7 +14,6 @@
 constexpr int kBlockKeys = 64;
 constexpr int kChunkKeys = 512;
 constexpr int kTileQueries = 24;
-constexpr int kMostQueries = 256;  // of one key head
 #if defined(__AVX512F__)
 constexpr int kAttentionPanels = 4;
 #endif
@@ -56,9 +55,13 @@ struct Tile {
 
 struct Unit {
   long tile;
-  int head;
   int chunk;
+  int head;
 };
+
+static inline const int32_t* table_of(const Tables& tables, const Tile& tile) {
+  return tables.tables + tables.table[tile.row] * tables.stride;
+}
 
 // Which units attend; made once for all layers, by one thread.
 struct AttentionPlan {
@@ -85,12 +88,12 @@ struct AttentionPlan {
         tile.partials = partials;
         partials += tile.chunks * tile.rows * heads.queries;
       }
-      for (int chunk = 0; chunk < tile.chunks; chunk++)
-        for (int head = 0; head < heads.keys; head++)
-          units.push_back({long(tiles.size()), head, chunk});
       tiles.push_back(tile);
       row += tile.rows;
     }
+    for (size_t t = 0; t < tiles.size(); t++)
+      for (int chunk = 0; chunk < tiles[t].chunks; chunk++)
+        for (int head = 0; head < heads.keys; head++) units.push_back({long(t), chunk, head});
     missing = std::vector<std::atomic<int>>(tiles.size() * heads.keys);
     for (size_t i = 0; i < missing.size(); i++)
       missing[i].store(int(tiles[i / heads.keys].chunks), std::memory_order_relaxed);
@@ -98,71 +101,102 @@ struct AttentionPlan {
   }
 };
 
-// 4-byte steps of up to 16 key vectors, transposed: out[step][key].
-static inline void pack_keys(const char* const* keys, long count, long steps, char* out) {
-#if defined(__AVX512F__)
-  for (long first = 0; first < steps; first += 16) {
-    const long width = std::min(16L, steps - first);
-    const __mmask16 mask = __mmask16((1u << width) - 1);
-    __m512i a[16], b[16];
-    for (long i = 0; i < 16; i++)
-      a[i] = i < count ? _mm512_maskz_loadu_epi32(mask, keys[i] + first * 4) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+// Keys of a block, by address, and those that come after it: they lie in small pieces, which the
+// processor does not see coming, so they are fetched while this block is worked on.
+template <class E>
+struct Block {
+  const E* keys[kBlockKeys];
+  long count = 0;
+
+  void locate(const Pages<E>& pages, const int32_t* table, long head, long first, long end,
+              int size) {
+    count = std::min<long>(kBlockKeys, end - first);
+    long page = first / pages.page_tokens, offset = first % pages.page_tokens;
+    for (long i = 0; i < count; page++, offset = 0) {
+      const E* key = pages.key(table[page], head, offset, size);
+      const long until = std::min<long>(count, i + pages.page_tokens - offset);
+      for (; i < until; i++, key += size) keys[i] = key;
     }
-    for (int i = 0; i < 16; i += 4) {
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-      b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-      b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-      b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-      b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-      a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-      a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-      a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
-      a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
-    }
-    for (long i = 0; i < width; i++) _mm512_storeu_si512(out + (first + i) * kStepBytes, a[i]);
   }
-#else
-  for (long i = 0; i < kPanel; i++)
-    for (long s = 0; s < steps; s++) {
-      uint32_t step = 0;
-      if (i < count) std::memcpy(&step, keys[i] + s * 4, 4);
-      std::memcpy(out + s * kStepBytes + i * 4, &step, 4);
+
+  void fetch_some(long first, long keys_count, int64_t offset, long size) const {
+    const long last = std::min(count, first + keys_count);
+    for (long i = first; i < last; i++)
+      for (long at = 0; at < size; at += 64 / long(sizeof(E))) fetch(keys[i] + offset + at);
+  }
+};
+
+// 4-byte steps of up to 16 key vectors, transposed: out[step][key]. Places without a key repeat the
+// first one; their scores are not looked at.
+static inline void pack_keys(const char* const* keys, long count, long steps, char* out) {
+  const char* key[kPanel];
+  for (long i = 0; i < kPanel; i++) key[i] = keys[i < count ? i : 0];
+  long s = 0;
+#if defined(__AVX512F__)
+  for (; s + 4 <= steps; s += 4, out += 4 * kStepBytes) {
+    __m512i a[4];  // a[i]: four steps of keys i, 4 + i, 8 + i and 12 + i
+    for (int i = 0; i < 4; i++) {
+      auto four = [&](int k) { return _mm_loadu_si128((const __m128i*)(key[k] + s * 4)); };
+      a[i] = _mm512_castsi128_si512(four(i));
+      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x00f0, four(4 + i));
+      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x0f00, four(8 + i));
+      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0xf000, four(12 + i));
     }
+    const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]);
+    const __m512i high01 = _mm512_unpackhi_epi32(a[0], a[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(a[2], a[3]);
+    const __m512i high23 = _mm512_unpackhi_epi32(a[2], a[3]);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(out + kStepBytes, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(out + 2 * kStepBytes, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(out + 3 * kStepBytes, _mm512_unpackhi_epi64(high01, high23));
+  }
 #endif
+  for (; s < steps; s++, out += kStepBytes)
+    for (long i = 0; i < kPanel; i++) std::memcpy(out + i * 4, key[i] + s * 4, 4);
 }
 
-// Values of the keys of one step, as weights of one panel: size <= 16 places are real.
-static inline void pack_values(const float* const* values, long, long size, char* out) {
-  std::memcpy(out, *values, size * 4);
-  std::memset(out + size * 4, 0, kStepBytes - size * 4);
-}
-static inline void pack_values(const bf16* const* values, long count, long size, char* out) {
-#if defined(__AVX512F__)
-  if (size == kPanel) {
-    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values[0]));
-    if (count > 1) {
-      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values[1]));
-      low = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+// Values beside keys, as weights: panels of 16 places, in steps of one or two keys.
+static inline void pack_values(const float* const* at, int64_t offset, long keys, long size,
+                               long panel_bytes, char* out) {
+  for (long key = 0; key < keys; key++, out += kStepBytes)
+    for (long first = 0, panel = 0; first < size; first += kPanel, panel++) {
+      const long width = std::min<long>(kPanel, size - first);
+      char* to = out + panel * panel_bytes;
+      std::memcpy(to, at[key] + offset + first, width * 4);
+      std::memset(to + width * 4, 0, kStepBytes - width * 4);
     }
-    _mm512_storeu_si512(out, low);
-    return;
-  }
+}
+
+static inline void pack_values(const bf16* const* at, int64_t offset, long keys, long size,
+                               long panel_bytes, char* out) {
+  for (long key = 0; key < keys; key += 2, out += kStepBytes) {
+    const bf16* one = at[key] + offset;
+    const bf16* other = key + 1 < keys ? at[key + 1] + offset : nullptr;
+    char* to = out;
+    long first = 0;
+#if defined(__AVX512BW__)
+    const __m512i places = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9,
+                                            40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33,
+                                            1, 32, 0);
+    const __m512i second_half = _mm512_set1_epi16(16);
+    for (; first + 2 * kPanel <= size; first += 2 * kPanel, to += 2 * panel_bytes) {
+      const __m512i low = _mm512_loadu_si512(one + first);
+      const __m512i high = other ? _mm512_loadu_si512(other + first) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, places, high));
+      _mm512_storeu_si512(to + panel_bytes,
+                          _mm512_permutex2var_epi16(
+                              low, _mm512_add_epi16(places, second_half), high));
+    }
 #endif
-  for (long i = 0; i < kPanel; i++) {
-    const uint32_t low = i < size ? values[0][i].bits : 0;
-    const uint32_t high = i < size && count > 1 ? values[1][i].bits : 0;
-    const uint32_t pair = low | high << 16;
-    std::memcpy(out + i * 4, &pair, 4);
+    for (; first < size; first += kPanel, to += panel_bytes)
+      for (long i = 0; i < kPanel; i++) {
+        const bool is_real = first + i < size;
+        const uint32_t low = is_real ? one[first + i].bits : 0;
+        const uint32_t high = is_real && other ? other[first + i].bits : 0;
+        const uint32_t pair = low | high << 16;
+        std::memcpy(to + i * 4, &pair, 4);
+      }
   }
 }
 
@@ -198,8 +232,11 @@ struct AttentionScratch {
   float* scores;   // (Q, 64)
   float* values;   // (Q, K padded)
   float* sums;     // (Q, K padded)
-  float* most;     // (Q)
+  float* most;     // (Q): largest score so far, in powers of 2
   float* total;    // (Q)
+  float* high;     // (Q): of this block
+  float* base;     // (Q)
+  float* keep;     // (Q)
   char* key_panels;
   char* value_panels;
 
@@ -209,7 +246,8 @@ struct AttentionScratch {
   }
 
   char* place(char* from, const Heads& heads) {
-    const long queries_count = std::max(kTileQueries, heads.group());
+    long queries_count = std::max(kTileQueries, heads.group());
+    queries_count = (queries_count + kLanes - 1) / kLanes * kLanes;
     const long padded = heads.panels() * kPanel;
     auto take = [&](auto*& pointer, long count) {
       pointer = (decltype(+pointer))from;
@@ -222,39 +260,53 @@ struct AttentionScratch {
     take(sums, queries_count * padded);
     take(most, queries_count);
     take(total, queries_count);
+    take(high, queries_count);
+    take(base, queries_count);
+    take(keep, queries_count);
     take(key_panels, kBlockKeys / kPanel * (heads.size / Step<E>::kInputs) * kStepBytes);
     take(value_panels, heads.panels() * kStepsOfBlock * kStepBytes);
     return from;
   }
 };
 
-// One query's softmax takes a block in: scores become weights; returns what earlier sums keep.
-template <class E>
-static inline float take_block(long visible, long places, float scale, const float* scores,
-                               E* weights, float* most, float* total) {
-  vec masked[kBlockKeys / kLanes];
+// Softmax of all queries takes a block in: scores become weights, keep says how much of the earlier
+// sums stays. A query sees the block's first visible(q) keys.
+template <class E, class Visible>
+static inline void take_block(long queries, long places, float scale, Visible visible,
+                              const AttentionScratch<E>& scratch) {
   ivec lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
-  vec top = splat(-INFINITY);
-  for (long i = 0; i < places; i += kLanes) {
-    const vec score =
-        choose(lane < int32_t(visible - i), load(scores + i) * scale, splat(-INFINITY));
-    top = choose(score > top, score, top);
-    masked[i / kLanes] = score;
+  for (long q = 0; q < queries; q++) {
+    float* scores = scratch.scores + q * kBlockKeys;
+    const int32_t seen = int32_t(visible(q));
+    vec top = splat(-INFINITY);
+    for (long i = 0; i < places; i += kLanes) {
+      vec score = load(scores + i) * scale;
+      if (seen < i + kLanes) score = choose(lane < seen - int32_t(i), score, splat(-INFINITY));
+      top = choose(score > top, score, top);
+      store(scores + i, score);
+    }
+    scratch.high[q] = std::max(scratch.most[q], largest(top));
   }
-  const float high = std::max(*most, largest(top));
-  const float base = high == -INFINITY ? 0.0f : high;
-  vec added = {};
-  for (long i = 0; i < places; i += kLanes) {
-    const vec weight =
-        choose(lane < int32_t(visible - i), exp2_of(masked[i / kLanes] - base), vec{});
-    added += weight;
-    put_floats(weights + i, weight);
+  for (long q = 0; q < queries; q += kLanes) {
+    const vec high = load(scratch.high + q);
+    const vec base = choose(high > -INFINITY, high, vec{});
+    store(scratch.keep + q, exp2_of(load(scratch.most + q) - base));
+    store(scratch.base + q, base);
+    store(scratch.most + q, high);
   }
-  const float keep = exp2_of(splat(*most - base))[0];
-  *most = high;
-  *total = *total * keep + sum(added);
-  return keep;
+  for (long q = 0; q < queries; q++) {
+    const float* scores = scratch.scores + q * kBlockKeys;
+    const int32_t seen = int32_t(visible(q));
+    vec added = {};
+    for (long i = 0; i < places; i += kLanes) {
+      vec weight = exp2_of(load(scores + i) - scratch.base[q]);
+      if (seen < i + kLanes) weight = choose(lane < seen - int32_t(i), weight, vec{});
+      added += weight;
+      put_floats(scratch.weights + q * kBlockKeys + i, weight);
+    }
+    scratch.total[q] = scratch.total[q] * scratch.keep[q] + sum(added);
+  }
 }
 
 // Where queries come from and results go to: (rows, H, K), rows apart by strides.
@@ -281,16 +333,17 @@ static inline void put_result(E* out, const float* sums, float total, int size) 
   for (; i < size; i++) put(out + i, sums[i] * factor);
 }
 
-template <class E>
+// blocks[0] holds the unit's first block; at the end it holds what locate_following put there.
+template <class E, class Locate>
 static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
                         const Pages<E>& pages, const Tables& tables, const Queries<E>& io,
-                        const AttentionScratch<E>& scratch, const Partials& partials) {
+                        const AttentionScratch<E>& scratch, const Partials& partials,
+                        Block<E>* blocks, Locate locate_following) {
   const long group = heads.group(), size = heads.size, padded = heads.panels() * kPanel;
   const long count = tile.rows * group;
   const long key_steps = size / Step<E>::kInputs;
   const long value_panel_bytes = scratch.kStepsOfBlock * kStepBytes;
   const float scale = kLog2E / std::sqrt(float(size));
-  const int32_t* table = tables.tables + tables.table[tile.row] * tables.stride;
   for (long q = 0; q < count; q++) {
     const float* from = io.queries + (tile.row + q / group) * io.query_stride +
                         (unit.head * group + q % group) * size;
@@ -305,43 +358,40 @@ static void attend_unit(const Heads& heads, const Tile& tile, const Unit& unit,
 
   const long begin = long(unit.chunk) * kChunkKeys;
   const long end = std::min<long>(tile.keys, begin + kChunkKeys);
-  long page = begin / pages.page_tokens, offset = begin % pages.page_tokens;
+  if (begin >= end) locate_following(blocks[0]);
   for (long first = begin; first < end; first += kBlockKeys) {
-    const long keys = std::min<long>(kBlockKeys, end - first);
+    const Block<E>& block = blocks[0];
+    Block<E>& coming = blocks[1];
+    if (first + kBlockKeys < end)
+      coming.locate(pages, table_of(tables, tile), unit.head, first + kBlockKeys, end, size);
+    else
+      locate_following(coming);
+    const long keys = block.count;
     const long panels = (keys + kPanel - 1) / kPanel;
-    const E* key[kBlockKeys];
-    for (long i = 0; i < keys; i++) {
-      key[i] = pages.key(table[page], unit.head, offset, size);
-      if (++offset == pages.page_tokens) page++, offset = 0;
-    }
-    for (long p = 0; p < panels; p++)
-      pack_keys((const char* const*)key + p * kPanel, keys - p * kPanel, key_steps,
+    for (long p = 0; p < panels; p++) {
+      coming.fetch_some(p * kPanel, kPanel, 0, size);
+      pack_keys((const char* const*)block.keys + p * kPanel, keys - p * kPanel, key_steps,
                 scratch.key_panels + p * key_steps * kStepBytes);
+    }
     multiply_small(count, panels, scratch.key_panels, key_steps * kStepBytes, scratch.queries,
                    size, key_steps, scratch.scores, kBlockKeys);
-    float keep[kMostQueries];
-    for (long q = 0; q < count; q++)
-      keep[q] = take_block(tables.count[tile.row + q / group] - first, panels * kPanel, scale,
-                           scratch.scores + q * kBlockKeys, scratch.weights + q * kBlockKeys,
-                           scratch.most + q, scratch.total + q);
+    take_block(
+        count, panels * kPanel, scale,
+        [&](long q) { return tables.count[tile.row + q / group] - first; }, scratch);
     const long value_steps = (keys + Step<E>::kInputs - 1) / Step<E>::kInputs;
-    for (long s = 0; s < value_steps; s++) {
-      const E* value[2];
-      const long in_step = std::min<long>(Step<E>::kInputs, keys - s * Step<E>::kInputs);
-      for (long p = 0; p < heads.panels(); p++) {
-        for (long i = 0; i < in_step; i++)
-          value[i] = key[s * Step<E>::kInputs + i] + pages.values_offset + p * kPanel;
-        pack_values(value, in_step, std::min<long>(kPanel, size - p * kPanel),
-                    scratch.value_panels + p * value_panel_bytes + s * kStepBytes);
-      }
+    for (long i = 0; i < keys; i += kPanel) {
+      coming.fetch_some(i, kPanel, pages.values_offset, size);
+      pack_values(block.keys + i, pages.values_offset, std::min<long>(kPanel, keys - i), size,
+                  value_panel_bytes, scratch.value_panels + i / Step<E>::kInputs * kStepBytes);
     }
     multiply_small(count, heads.panels(), scratch.value_panels, value_panel_bytes, scratch.weights,
                    kBlockKeys, value_steps, scratch.values, padded);
     for (long q = 0; q < count; q++)
       for (long i = 0; i < padded; i += kLanes) {
         float* to = scratch.sums + q * padded + i;
-        store(to, load(to) * keep[q] + load(scratch.values + q * padded + i));
+        store(to, load(to) * scratch.keep[q] + load(scratch.values + q * padded + i));
       }
+    std::swap(blocks[0], blocks[1]);
   }
 
   if (tile.chunks == 1) {
@@ -383,16 +433,30 @@ static void merge_chunks(const Heads& heads, const Tile& tile, int head, const Q
   }
 }
 
-// Phase: units go to whichever thread is free.
+// Phase: units go to whichever thread is free; each takes its next one early, to fetch for it.
 template <class E>
 static void attend(AttentionPlan& plan, const Heads& heads, const Pages<E>& pages,
                    const Tables& tables, const Queries<E>& io,
                    const AttentionScratch<E>& scratch, const Partials& partials) {
   const long count = long(plan.units.size());
-  for (long u; (u = plan.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+  auto take = [&] { return plan.next.fetch_add(1, std::memory_order_relaxed); };
+  auto locate_first = [&](long u, Block<E>& block) {
+    block.count = 0;
+    if (u >= count) return;
     const Unit& unit = plan.units[u];
     const Tile& tile = plan.tiles[unit.tile];
-    attend_unit(heads, tile, unit, pages, tables, io, scratch, partials);
+    block.locate(pages, table_of(tables, tile), unit.head, long(unit.chunk) * kChunkKeys,
+                 tile.keys, heads.size);
+  };
+  Block<E> blocks[2];
+  long u = take();
+  locate_first(u, blocks[0]);
+  for (long following; u < count; u = following) {
+    following = take();
+    const Unit& unit = plan.units[u];
+    const Tile& tile = plan.tiles[unit.tile];
+    attend_unit(heads, tile, unit, pages, tables, io, scratch, partials, blocks,
+                [&](Block<E>& block) { locate_first(following, block); });
     if (tile.chunks == 1) continue;
     std::atomic<int>& missing = plan.missing[unit.tile * heads.keys + unit.head];
     if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;

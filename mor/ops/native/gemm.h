@@ -41,7 +41,7 @@ static void multiply(const char* w, long panel_bytes, const E* x, long x_stride,
                      float* tile, long tile_stride, const char* coming) {
   vec sums[ROWS][PANELS][kPanelVectors] = {};
   for (long s = 0; s < steps; s++) {
-    for (int f = 0; f < FETCH; f++) __builtin_prefetch(coming + f * kStepBytes, 0, 2);
+    for (int f = 0; f < FETCH; f++) fetch(coming + f * kStepBytes);
     coming += FETCH * kStepBytes;
     typename Step<E>::Weights weights[PANELS][kPanelVectors];
     for (int p = 0; p < PANELS; p++)
