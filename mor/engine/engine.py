@@ -27,10 +27,11 @@ from mor.engine.groups import build_groups
 from mor.engine.outputs import RequestOutput, StepOutput, output_of
 from mor.engine.params import SamplingParams
 from mor.engine.prefix import PrefixCache
-from mor.engine.runner import Finished, Runner
+from mor.engine.runner import Finished
 from mor.engine.sampler import Sampled, Sampler, SampleRow, token_logprobs
 from mor.engine.scheduler import Scheduler
 from mor.engine.stops import StopChecker
+from mor.engine.torch_runner import TorchRunner
 from mor.log import progress
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ class Engine:
         )
         num_rows = config.max_num_seqs + 2 * config.max_num_batched_tokens
         self.groups = build_groups(model, pool, layout, config, max_model_len=self.max_model_len)
-        self.runner = Runner(model, self.groups, self.blocks, num_rows=num_rows)
+        self.runner = TorchRunner(model, self.groups, self.blocks, num_rows=num_rows)
         self.scheduler = Scheduler(
             config,
             self.blocks,

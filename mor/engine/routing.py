@@ -111,11 +111,7 @@ class DepthRouter:
             gating = "scaled" if gating == "weighted" else "none"
         return join(x_ND, block_ND, None if gate_N is None else gate_N[:, None], gating)
 
-    def leave(self, start_ND: Tensor, x_ND: Tensor, exit_gate_N: Tensor | None) -> Tensor:
-        """Join what token choice made of a row to what it got; other routers have done so."""
-        if not self.is_token_choice:
-            return x_ND
-        gating = self.config.gating
-        at_exit = "additive" if gating == "weighted" else gating
-        gate = None if exit_gate_N is None else exit_gate_N[:, None]
-        return join(start_ND, x_ND, gate, at_exit)
+    def leave(self, start_ND: Tensor, x_ND: Tensor, exit_gate_N: Tensor) -> Tensor:
+        """Join what token choice made of a row to what it got."""
+        at_exit = "additive" if self.config.gating == "weighted" else self.config.gating
+        return join(start_ND, x_ND, exit_gate_N[:, None], at_exit)

@@ -3,7 +3,7 @@
 // Functions that need memory return 0 when there is none; all others cannot fail.
 #include <cstdlib>
 
-#include "layer.h"
+#include "tick.h"
 
 static thread_local Workspace workspace;
 
@@ -163,5 +163,21 @@ void mor_argmax(const float* logits, int64_t rows, int64_t count, int64_t* out, 
     const Range mine = team.share(rows);
     for (long n = mine.begin; n < mine.end; n++) out[n] = argmax(logits + n * count, count);
   });
+}
+
+int mor_enter(const State* state, const Flights* flights, const Group* prelude, int threads) {
+  return Tick(*state, *flights, threads).enter(prelude, workspace);
+}
+
+int mor_recursion(const State* state, const Flights* flights, const Group* block, int threads,
+                  uint8_t* goes_on) {
+  return Tick(*state, *flights, threads).recursion(*block, workspace, goes_on);
+}
+
+int mor_leave(const State* state, const Flights* flights, const Group* coda, int threads,
+              int64_t num_full, const float* gain, float eps, int is_bf16, void* out) {
+  Tick tick(*state, *flights, threads);
+  if (is_bf16) return tick.leave(coda, workspace, num_full, gain, eps, (bf16*)out);
+  return tick.leave(coda, workspace, num_full, gain, eps, (float*)out);
 }
 }
