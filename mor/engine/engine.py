@@ -23,7 +23,7 @@ from mor.engine.coda import Costs, best_period
 from mor.engine.config import EngineConfig
 from mor.engine.core import DepthPolicy, Flight, Request
 from mor.engine.depth import depth_policy
-from mor.engine.groups import build_groups
+from mor.engine.groups import build_groups, build_runner
 from mor.engine.outputs import RequestOutput, StepOutput, output_of
 from mor.engine.params import SamplingParams
 from mor.engine.prefix import PrefixCache
@@ -31,7 +31,6 @@ from mor.engine.runner import Finished
 from mor.engine.sampler import Sampled, Sampler, SampleRow, token_logprobs
 from mor.engine.scheduler import Scheduler
 from mor.engine.stops import StopChecker
-from mor.engine.torch_runner import TorchRunner
 from mor.log import progress
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
@@ -90,7 +89,7 @@ class Engine:
         )
         num_rows = config.max_num_seqs + 2 * config.max_num_batched_tokens
         self.groups = build_groups(model, pool, layout, config, max_model_len=self.max_model_len)
-        self.runner = TorchRunner(model, self.groups, self.blocks, num_rows=num_rows)
+        self.runner = build_runner(model, self.groups, self.blocks, num_rows=num_rows)
         self.scheduler = Scheduler(
             config,
             self.blocks,

@@ -1,4 +1,4 @@
-"""Which implementation runs the layers: compiled kernels where there are any, else torch."""
+"""Which implementation runs a tick: compiled kernels where there are any, else torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from mor.engine.blocks import Layout
+from mor.engine.blocks import BlockManager, Layout
 from mor.engine.config import EngineConfig
 from mor.engine.layers import LayerGroups, TorchGroups
 from mor.engine.native_groups import NativeGroups
+from mor.engine.native_runner import NativeRunner, fits
+from mor.engine.torch_runner import TorchRunner
 from mor.model.mor import MoR
 from mor.ops.native import library
+
+
+def build_runner(
+    model: MoR, groups: LayerGroups, blocks: BlockManager, *, num_rows: int
+) -> TorchRunner:
+    """Return what runs ticks on these layers."""
+    if isinstance(groups, NativeGroups) and fits(model.config):
+        return NativeRunner(model, groups, blocks, num_rows=num_rows)
+    return TorchRunner(model, groups, blocks, num_rows=num_rows)
 
 
 def build_groups(

@@ -294,7 +294,7 @@ class Library:
         for name, (arguments, result) in kernels.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, result
-        self._c = library
+        self.c = library
         self.instructions: str = library.mor_instructions().decode()
 
     def pack_weight(self, weight: Tensor) -> PackedWeight:
@@ -313,8 +313,8 @@ class Library:
         out = torch.empty(len(x), weight.outputs, dtype=dtype)
         is_bf16 = weight.dtype == torch.bfloat16
         assert is_bf16 or dtype == torch.float32
-        _check_memory(
-            self._c.mor_linear(
+        check_memory(
+            self.c.mor_linear(
                 ctypes.byref(weight.struct),
                 is_bf16,
                 x.data_ptr(),
@@ -338,8 +338,8 @@ class Library:
         if not len(x_ND):
             return
         rows.struct.layer_stride = group.layer_stride_per_token * rows.struct.page_tokens
-        _check_memory(
-            self._c.mor_layers(
+        check_memory(
+            self.c.mor_layers(
                 ctypes.byref(group.struct),
                 ctypes.byref(rows.struct),
                 x_ND.data_ptr(),
@@ -367,8 +367,8 @@ class Library:
         struct.table, struct.count = table_N.data_ptr(), count_N.data_ptr()
         struct.tables, struct.tables_stride = tables_TM.data_ptr(), tables_TM.stride(0)
         assert table_N.dtype == count_N.dtype == tables_TM.dtype == torch.int32
-        _check_memory(
-            self._c.mor_attention(
+        check_memory(
+            self.c.mor_attention(
                 ctypes.byref(struct),
                 heads,
                 kv_P2GPK.shape[2],
@@ -387,7 +387,7 @@ class Library:
         assert slot_N.dtype == torch.int64
         struct.slot = slot_N.data_ptr()
         k_NGK, v_NGK = (one.to(kv_P2GPK.dtype).contiguous() for one in (k_NGK, v_NGK))
-        self._c.mor_store(
+        self.c.mor_store(
             ctypes.byref(struct),
             k_NGK.shape[1],
             k_NGK.shape[2],
@@ -402,7 +402,7 @@ class Library:
         """Return the root-mean-square norm of fp32 rows, in fp32 or bf16; gain_D is fp32."""
         assert x_ND.dtype == gain_D.dtype == torch.float32 and x_ND.is_contiguous()
         out = torch.empty(x_ND.shape, dtype=dtype)
-        self._c.mor_rms_norm(
+        self.c.mor_rms_norm(
             x_ND.data_ptr(),
             gain_D.data_ptr(),
             *x_ND.shape,
@@ -417,7 +417,7 @@ class Library:
         """Return the place of each row's largest logit (fp32), int64; -1 where one is NaN."""
         assert logits_NV.dtype == torch.float32 and logits_NV.is_contiguous()
         out_N = torch.empty(len(logits_NV), dtype=torch.int64)
-        self._c.mor_argmax(
+        self.c.mor_argmax(
             logits_NV.data_ptr(), *logits_NV.shape, out_N.data_ptr(), torch.get_num_threads()
         )
         return out_N
@@ -454,6 +454,7 @@ def _is_float(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _check_memory(is_done: int) -> None:
+def check_memory(is_done: int) -> None:
+    """Raise MemoryError where a kernel says that it had none."""
     if not is_done:
         raise MemoryError("no memory is left for activations; use fewer rows in a call")
