@@ -43,11 +43,14 @@ class _Plan(NamedTuple):
     link_flags: tuple[str, ...]
 
 
-def open_library() -> ctypes.CDLL:
-    """Return the kernels of this machine, compiled if need be; BuildError says why not."""
+def open_library(machine: tuple[str, ...] | None = None) -> ctypes.CDLL:
+    """Return the kernels, compiled if need be; BuildError says why not.
+
+    machine: the compiler's flags for the processor; None for this one.
+    """
     compiler = _compiler()
     version = _run([compiler, "--version"])
-    plans = _plans(compiler, version)
+    plans = _plans(compiler, version, machine)
     name = f"kernels-{_digest(version, plans)}.so"
     folder = _cache_folder()
     library = folder / name
@@ -69,7 +72,9 @@ def open_library() -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(folder / name))
         except OSError as error:
-            raise BuildError(f"the compiled library does not load ({error})") from error
+            raise BuildError(
+                f"what {compiler} made does not load ({error}); set $CXX to g++"
+            ) from error
 
 
 def _cache_folder() -> Path:
@@ -87,10 +92,12 @@ def _compiler() -> str:
     raise BuildError(f"{looked_for}; install a C++ compiler or set $CXX to one")
 
 
-def _plans(compiler: str, version: str) -> tuple[_Plan, ...]:
+def _plans(compiler: str, version: str, machine: tuple[str, ...] | None) -> tuple[_Plan, ...]:
     """Return the ways to try: with OpenMP, then without, since Apple's clang has none."""
     is_arm = platform.machine().lower() in ("arm64", "aarch64")
-    flags = (*FLAGS, "-mcpu=native" if is_arm else "-march=native")
+    if machine is None:
+        machine = ("-mcpu=native",) if is_arm else ("-march=native",)
+    flags = (*FLAGS, *machine)
     if not is_arm and "clang" not in version:
         flags = (*flags, "-mprefer-vector-width=512", "-Wno-psabi")
     # torch's own runtime: two pools of threads would fight for the cores
@@ -146,10 +153,10 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} does not run ({error}); set $CXX to a C++17 one") from error
+        raise BuildError(
+            f"{command[0]} does not run ({error}); set $CXX to a C++17 compiler"
+        ) from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [
-            done.stderr.strip()[-200:]
-        ]
-        raise BuildError(f"{command[0]} failed: {lines[0]}; set $CXX to a C++17 compiler")
+        lines = [*(line for line in done.stderr.splitlines() if "error" in line), "no message"]
+        raise BuildError(f"{command[0]} failed ({lines[0]}); set $CXX to a C++17 compiler")
     return done.stdout

@@ -429,7 +429,7 @@ def load() -> Library | None:
     try:
         library = Library(open_library())
     except BuildError as error:
-        logger.warning("CPU kernels: not used, torch's path is several times slower: %s", error)
+        logger.warning("CPU kernels: none, so torch's slower path is taken: %s", error)
         return None
     logger.info("CPU kernels: compiled, %s", library.instructions)
     return library
