@@ -7,10 +7,9 @@ numbers of rows at every depth says which is better for so many requests in flig
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 TICKS = 48
 """simulated; the first third is left out"""
@@ -39,15 +38,14 @@ def best_period(costs: Costs, shares: Sequence[float], num_requests: int) -> int
 def tokens_per_s(costs: Costs, shares: Sequence[float], num_requests: int, period: int) -> float:
     """Simulate the mean numbers of rows at each depth for a fixed period."""
     passes = [b / max(a, 1e-9) for a, b in zip(shares, [*shares[1:], 0.0], strict=True)]
-    at = np.zeros(len(shares))
-    at[0] = num_requests
+    at = [float(num_requests), *[0.0] * (len(shares) - 1)]
     ready = tokens = seconds = 0.0
     for tick in range(1, TICKS + 1):
-        seconds += _cost(costs.rows, costs.block_s, at.sum())
-        goes_on = at * passes
-        ready += float((at - goes_on).sum())
-        at = np.concatenate(([0.0], goes_on[:-1]))
-        if tick % period == 0 or at.sum() < 0.5:
+        seconds += _cost(costs.rows, costs.block_s, sum(at))
+        goes_on = [rows * share for rows, share in zip(at, passes, strict=True)]
+        ready += sum(at) - sum(goes_on)
+        at = [0.0, *goes_on[:-1]]
+        if tick % period == 0 or sum(at) < 0.5:
             seconds += _cost(costs.rows, costs.ends_s, ready)
             at[0], tokens, ready = ready, tokens + ready, 0.0
         if tick == TICKS // 3:
@@ -56,4 +54,11 @@ def tokens_per_s(costs: Costs, shares: Sequence[float], num_requests: int, perio
 
 
 def _cost(rows: list[int], seconds: list[float], count: float) -> float:
-    return 0.0 if count < 1e-6 else float(np.interp(max(count, 1.0), rows, seconds))
+    """Read a table between its points; no rows cost nothing."""
+    if count < 1e-6:
+        return 0.0
+    at = min(max(bisect.bisect_left(rows, count), 1), len(rows) - 1) if len(rows) > 1 else 0
+    if at == 0:
+        return seconds[0]
+    share = min(max((count - rows[at - 1]) / (rows[at] - rows[at - 1]), 0.0), 1.0)
+    return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])

@@ -36,6 +36,7 @@ from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
 
 DEFAULT_KV_BYTES = 2**31
+PERIOD_TICKS = 256
 
 Prompt = str | Sequence[int]
 OnOutput = Callable[[StepOutput], None]
@@ -104,7 +105,8 @@ class Engine:
         self.callbacks: dict[str, OnOutput] = {}
         self._ids = itertools.count()
         self._costs: Costs | None = None
-        self._periods: dict[tuple[int, tuple[float, ...]], int] = {}
+        self._periods: dict[int, tuple[int, int]] = {}
+        """by requests in flight: the coda's period, and the tick to choose it anew"""
 
     @classmethod
     def load(
@@ -414,11 +416,12 @@ class Engine:
             return self.config.coda_period or 1
         if self._costs is None:
             self._costs = self.runner.measure(self.config.max_num_seqs)
-        shares = self.scheduler.active_share
-        key = num_running, tuple((shares * 20).round().tolist())
-        if key not in self._periods:
-            self._periods[key] = best_period(self._costs, shares.tolist(), num_running)
-        return self._periods[key]
+        period, due_tick = self._periods.get(num_running, (1, 0))
+        if self.scheduler.tick >= due_tick:  # depths drift: look again now and then
+            shares = self.scheduler.active_share.tolist()
+            period = best_period(self._costs, shares, num_running)
+            self._periods[num_running] = period, self.scheduler.tick + PERIOD_TICKS
+        return period
 
     @property
     def kv_bytes(self) -> int:

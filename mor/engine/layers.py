@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mor.engine.blocks import Ints
+from mor.engine.sampler import finite_argmax
 from mor.model.layers import Layer, Projection, RMSNorm, Rotary, rotary_angles, rotate
 from mor.model.mor import MoR
 from mor.ops.paged import paged_attention_reference, store_reference
@@ -163,8 +164,7 @@ class TorchGroups:
         return logit_NV.to(torch.promote_types(logit_NV.dtype, torch.float32))
 
     def argmax(self, logit_NV: Tensor) -> Tensor:
-        best = logit_NV.max(-1)  # NaN counts as largest
-        return best.indices.where(best.values.isfinite(), best.indices.new_tensor(-1))
+        return finite_argmax(logit_NV)
 
     def copy_pages(self, source: list[int], target: list[int]) -> None:
         self.pool[target] = self.pool[source]

@@ -100,15 +100,21 @@ class Sampled(NamedTuple):
     """by row, for rows that ask for them and did not fail"""
 
 
+def finite_argmax(logit_NV: Tensor) -> Tensor:
+    """Return the best token of every row, the first of equal ones; -1 if its logit is not finite.
+
+    A row with NaN has NaN for its best logit.
+    """
+    best = logit_NV.max(1)
+    return best.indices.masked_fill(~best.values.isfinite(), -1)
+
+
 class Sampler:
     """Draws the next tokens of a batch."""
 
     def __init__(self, *, argmax: Callable[[Tensor], Tensor] | None = None) -> None:
-        """argmax returns the id of each row's best logit (int64), the first of equal ones.
-
-        For a row with NaN it returns the place of one, or -1. None takes torch's own.
-        """
-        self._argmax = argmax or (lambda logit_NV: logit_NV.argmax(1))
+        """Take an argmax that answers as `finite_argmax` does; None takes that one."""
+        self._argmax = argmax or finite_argmax
 
     def sample(self, logit_NV: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         """Choose a token for every row.
@@ -131,14 +137,13 @@ class Sampler:
                 special.append(i)
             if row.params.logprobs is not None:
                 scored.append(i)
-        best_N = logit_NV.gather(1, token_N.clamp(min=0)[:, None])[:, 0]
-        failed_N = (token_N < 0) | ~best_N.isfinite()
+        failed_N = token_N < 0
         if special:
             token_N = token_N.clone()
             for some in _chunks(special, logit_NV):
                 token_N[some] = _draw(logit_NV[some].float(), [rows[i] for i in some])
             failed_N = failed_N | (token_N < 0)
-        token_N = token_N.masked_fill(failed_N, -1)
+            token_N = token_N.masked_fill(failed_N, -1)
         if not scored:
             return Sampled(token_N, failed_N, {})
         return Sampled(token_N, failed_N, _chosen_logprobs(logit_NV, token_N, rows, scored))

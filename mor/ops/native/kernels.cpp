@@ -73,7 +73,7 @@ static void store_rows(const Rows& rows, const Heads& heads, const E* keys, cons
   }
 }
 
-// Place of the largest logit, the first of equals; -1 if one is NaN.
+// Place of the largest logit, the first of equals; -1 if one is NaN or it is not finite.
 static int64_t argmax(const float* logits, long count) {
   constexpr int kRuns = 4;
   vec top[kRuns];
@@ -94,7 +94,7 @@ static int64_t argmax(const float* logits, long count) {
     has_nan |= logits[i] != logits[i];
     high = std::max(high, logits[i]);
   }
-  if (has_nan) return -1;
+  if (has_nan || !std::isfinite(high)) return -1;
   for (i = 0; logits[i] != high; i++) {
   }
   return i;

@@ -414,7 +414,7 @@ class Library:
         return out
 
     def argmax_rows(self, logits_NV: Tensor) -> Tensor:
-        """Return the place of each row's largest logit (fp32), int64; -1 where one is NaN."""
+        """Return the place of each row's largest logit (fp32), int64; -1 if that is not finite."""
         assert logits_NV.dtype == torch.float32 and logits_NV.is_contiguous()
         out_N = torch.empty(len(logits_NV), dtype=torch.int64)
         self.c.mor_argmax(
