@@ -79,11 +79,11 @@ def test_the_oldest_prompt_advances_while_others_decode() -> None:
     before = 0
     for tick in range(120):
         engine.step()
+        if engine.is_done(late):
+            break
         if (tick + 1) % (R + 1) == 0 and request.num_started < 30:
             assert request.num_started > before
             before = request.num_started
-        if engine.is_done(late):
-            break
     assert engine.is_done(late)
 
 
