@@ -48,12 +48,16 @@ class Request:
     """tokens that entered the model"""
     entry: Entry | None = None
     """last entry of the prefix cache that these tokens made or met"""
+    num_kept: int = 0
+    """tokens up to that entry"""
     is_cacheable: bool = True
     num_cached_tokens: int = 0
     """prompt tokens that the prefix cache gave at admission"""
     num_preemptions: int = 0
 
     # tokens
+    num_tokens: int = field(init=False)
+    """of prompt and output together"""
     depths: list[int] = field(default_factory=list)
     """depth of each token that went through the model, first token first; kept at preemption"""
     num_done: int = 0
@@ -66,9 +70,8 @@ class Request:
     stop_reason: int | str | None = None
     error: str | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt_ids)
 
     @property
     def num_pending(self) -> int:

@@ -257,61 +257,58 @@ class Engine:
         return self._update(due, self.runner.finish(due)) if due else []
 
     def _update(self, due: list[Flight], finished: Finished) -> list[StepOutput]:
-        """Note depths, draw tokens, end what is done."""
+        """Note depths, draw tokens, end what is done; a piece for every flight."""
         self.scheduler.see_depths([depth for depths in finished.depths for depth in depths])
-        outputs: dict[int, StepOutput] = {}
-        drawing: list[tuple[Request, int]] = []
+        pieces: list[StepOutput] = []
+        drawing: list[tuple[Request, StepOutput, int]] = []
         for flight, part, depths in zip(due, finished.rows, finished.depths, strict=True):
             request = flight.request
-            self._note_depths(flight, depths, outputs)
+            known = len(request.depths) - flight.start
+            fresh = depths if known <= 0 else depths[known:]
+            request.depths += fresh
+            request.num_done = flight.stop
+            piece = StepOutput(request.request_id, request.index, [], "", fresh)
+            pieces.append(piece)
             if request.params.prompt_logprobs is not None:
                 self._note_prompt_logprobs(flight, finished, part)
             if flight.wants_logits:
-                drawing.append((request, part.stop - 1))
+                drawing.append((request, piece, part.stop - 1))
             self.scheduler.retire(flight)
             self.scheduler.remember(request)
         if drawing:
-            assert finished.logits_MV is not None
-            rows = [row for _, row in drawing]
             logits = finished.logits_MV
-            if len(rows) < len(logits):
-                logits = logits[rows]
-            sampled = self.sampler.sample(logits, [r.sample_row for r, _ in drawing])
-            self._note_tokens([request for request, _ in drawing], sampled, outputs)
-        pieces = list(outputs.values())
-        for piece in pieces:
-            self._tell(piece)
+            assert logits is not None
+            if len(drawing) < len(logits):
+                logits = logits[[row for _, _, row in drawing]]
+            sampled = self.sampler.sample(logits, [request.sample_row for request, _, _ in drawing])
+            self._note_tokens(drawing, sampled)
+        if self.callbacks:
+            for piece in pieces:
+                self._tell(piece)
         return pieces
 
-    def _note_depths(
-        self, flight: Flight, depths: list[int], outputs: dict[int, StepOutput]
-    ) -> None:
-        request = flight.request
-        request.num_done = flight.stop
-        fresh = depths[max(len(request.depths) - flight.start, 0) :]
-        request.depths.extend(fresh)
-        self._piece(request, outputs).depths.extend(fresh)
-
     def _note_tokens(
-        self, requests: list[Request], sampled: Sampled, outputs: dict[int, StepOutput]
+        self, drawing: list[tuple[Request, StepOutput, int]], sampled: Sampled
     ) -> None:
         now = time.perf_counter()
-        tokens, failed = sampled.token_N.tolist(), sampled.failed_N.tolist()
-        for place, request in enumerate(requests):
-            piece = self._piece(request, outputs)
-            if failed[place]:
+        tokens = sampled.token_N.tolist()
+        for place, (request, piece, _) in enumerate(drawing):
+            token = tokens[place]
+            if token < 0:
                 request.error = "the logits are not finite; check the weights"
                 self._finish(request, "error", piece)
                 continue
-            token = tokens[place]
-            request.first_token_s = request.first_token_s or now
+            if not request.output_ids:
+                request.first_token_s = now
             request.output_ids.append(token)
+            request.num_tokens += 1
             if place in sampled.logprobs:
                 request.logprobs.append(sampled.logprobs[place])
             text = request.stops.push(token)
-            request.text += text
             piece.token_ids.append(token)
-            piece.text += text
+            if text:
+                request.text += text
+                piece.text = text
             if request.stops.finish_reason is not None:
                 request.stop_reason = request.stops.stop_reason
                 self._finish(request, request.stops.finish_reason, piece)
@@ -330,12 +327,6 @@ class Engine:
         logits = finished.logits_MV[part][first - flight.start : last - flight.start]
         following = torch.tensor(request.prompt_ids[first + 1 : last + 1], device=logits.device)
         request.prompt_logprobs.extend(token_logprobs(logits, following, [top] * len(logits)))
-
-    def _piece(self, request: Request, outputs: dict[int, StepOutput]) -> StepOutput:
-        piece = outputs.get(id(request))
-        if piece is None:
-            piece = outputs[id(request)] = StepOutput(request.request_id, request.index)
-        return piece
 
     def _finish(self, request: Request, reason: str, piece: StepOutput | None = None) -> None:
         self.scheduler.finish(request)

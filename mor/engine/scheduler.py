@@ -161,7 +161,8 @@ class Scheduler:
 
     def _adopt_prefix(self, request: Request) -> list[tuple[int, int]]:
         """Begin a request on the pages of the prefix cache, where it has its first tokens."""
-        request.entry, request.is_cacheable = None, self.prefix is not None
+        request.entry, request.num_kept = None, 0
+        request.is_cacheable = self.prefix is not None
         if self.prefix is None or request.params.prompt_logprobs is not None:
             return []
         tokens = request.tokens(0, request.num_tokens)
@@ -173,7 +174,7 @@ class Scheduler:
         depths = list(b"".join(entry.depths for entry in chain))
         pages = self.prefix.pages_of(chain)
         copies = self.blocks.adopt(request.slot, pages, chain[-1].counts)
-        request.entry = chain[-1]
+        request.entry, request.num_kept = chain[-1], count
         request.num_started = request.num_done = count
         request.num_cached_tokens = max(request.num_cached_tokens, count)
         if len(request.depths) < count:
@@ -225,38 +226,31 @@ class Scheduler:
 
     def remember(self, request: Request) -> None:
         """Give finished stretches of a request to the prefix cache."""
-        if self.prefix is None or not request.is_cacheable:
-            return
-        size = self.prefix.block_size
-        counts, at = [0] * self.blocks.layout.num_tables, 0
-        if request.entry is not None:
-            counts = request.entry.counts
-            at = self._length(request.entry)
-        while at + size <= request.num_done:
+        size = self.config.block_size
+        while request.is_cacheable and request.num_done - request.num_kept >= size:
+            assert self.prefix is not None
+            at = request.num_kept
+            entry = request.entry
+            counts = [0] * self.blocks.layout.num_tables if entry is None else entry.counts
             depths = request.depths[at : at + size]
-            counts = self._counts_after(counts, depths)
             entry = self.prefix.extend(
                 request.policy,
-                request.entry,
+                entry,
                 request.tokens(at, at + size),
                 depths,
                 request.slot,
-                counts,
+                self._counts_after(counts, depths),
             )
             if entry is None:
                 request.is_cacheable = False
                 return
-            request.entry, at = entry, at + size
+            request.entry, request.num_kept = entry, at + size
 
     def _counts_after(self, counts: list[int], depths: list[int]) -> list[int]:
         tables = range(1, len(counts))
         has_own = self.blocks.layout.own_layers > 0
         own = counts[0] + (len(depths) if has_own else 0)
         return [own, *(counts[t] + sum(1 for depth in depths if depth >= t) for t in tables)]
-
-    def _length(self, entry: Entry) -> int:
-        # Recursion 1 takes every token, so its table counts them.
-        return entry.counts[1]
 
     def finish(self, request: Request) -> None:
         """Take a request out, at any point; all that it held is free."""
@@ -274,7 +268,7 @@ class Scheduler:
         self.free_slots.append(request.slot)
         self.running.remove(request)
         request.slot = -1
-        request.num_started = request.num_done = 0
+        request.num_started = request.num_done = request.num_kept = 0
         request.entry = None
 
     def see_depths(self, depths: Sequence[int]) -> None:
