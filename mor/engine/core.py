@@ -60,6 +60,8 @@ class Request:
     """of prompt and output together"""
     depths: list[int] = field(default_factory=list)
     """depth of each token that went through the model, first token first; kept at preemption"""
+    num_told: int = 0
+    """depths that were handed out"""
     num_done: int = 0
     """tokens that went through the model since the last (re)start"""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -77,6 +79,12 @@ class Request:
     def num_pending(self) -> int:
         """Tokens that are known and have not entered the model."""
         return self.num_tokens - self.num_started
+
+    def untold_depths(self) -> list[int]:
+        """Return depths that were not handed out yet, those that the prefix cache knew first."""
+        fresh = self.depths[self.num_told :]
+        self.num_told = len(self.depths)
+        return fresh
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return tokens of prompt and output together."""

@@ -264,10 +264,9 @@ class Engine:
         for flight, part, depths in zip(due, finished.rows, finished.depths, strict=True):
             request = flight.request
             known = len(request.depths) - flight.start
-            fresh = depths if known <= 0 else depths[known:]
-            request.depths += fresh
+            request.depths += depths if known <= 0 else depths[known:]
             request.num_done = flight.stop
-            piece = StepOutput(request.request_id, request.index, [], "", fresh)
+            piece = StepOutput(request.request_id, request.index, [], "", request.untold_depths())
             pieces.append(piece)
             if request.params.prompt_logprobs is not None:
                 self._note_prompt_logprobs(flight, finished, part)

@@ -154,3 +154,20 @@ def test_samples_of_a_request_do_not_depend_on_the_batch() -> None:
     tokens = [answer.token_ids for answer in alone.outputs]
     assert tokens == [answer.token_ids for answer in beside.outputs]
     assert len({tuple(t) for t in tokens}) == 3
+
+
+def test_pieces_tell_every_depth_once_and_in_order() -> None:
+    """Those of tokens that the prefix cache had, too."""
+    engine = new_engine(served_model(0), max_num_batched_tokens=7)
+    prompt = prompt_of(22, seed=6)
+    for _ in range(2):
+        request_id = engine.add(prompt, greedy(8))
+        depths, tokens = [], []
+        while not engine.is_done(request_id):
+            for piece in engine.step():
+                depths += piece.depths
+                tokens += piece.token_ids
+        output = engine.result(request_id)
+        assert depths == output.prompt_depths + output.outputs[0].depths
+        assert tokens == output.outputs[0].token_ids
+    assert output.num_cached_tokens == 20
