@@ -21,7 +21,8 @@ import torch
 from mor import checkpoint
 from mor.cli import main
 from mor.data.config import PrepareConfig
-from mor.data.prepare import SplitWriter, prepare
+from mor.data.prepare import prepare
+from mor.data.writer import SplitWriter
 
 Patch = pytest.MonkeyPatch
 
@@ -200,7 +201,7 @@ CASES: list[tuple[str, Callable[[World, Patch], None], str, list[str]]] = [
         "no text files",
         files(**{"in/a__exe": "x"}),
         PREPARE + "in",
-        ["no text, code or JSONL", "name a file"],
+        ["no text, code, JSONL or Parquet", "name a file"],
     ),
     ("binary file", files(a__txt=b"text\0"), PREPARE + "a.txt", ["a.txt is binary", "offset 4"]),
     (

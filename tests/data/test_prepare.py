@@ -15,7 +15,8 @@ import pytest
 from mor.data import prepare as module
 from mor.data.config import PrepareConfig
 from mor.data.manifest import Manifest
-from mor.data.prepare import SplitRule, SplitWriter, prepare
+from mor.data.prepare import SplitRule, prepare
+from mor.data.writer import SplitWriter
 from mor.files import sha256_file
 from mor.tokenizer import Tokenizer, train_bpe
 
@@ -199,7 +200,7 @@ def test_too_few_distinct_documents_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 distinct documents, its splits need 2"):
         prepare(PrepareConfig(input=(corpus,), val=(val,), out=tmp_path / "no", vocab_size=257))
     val.write_text("")
-    with pytest.raises(ValueError, match="no text in the files of --val"):
+    with pytest.raises(ValueError, match="no text in what --val names"):
         prepare(PrepareConfig(input=(corpus,), val=(val,), out=tmp_path / "no", vocab_size=257))
 
 
@@ -313,3 +314,18 @@ def test_the_standard_library_is_prepared(
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrepareConfig(out=Path("out"), **settings)
+
+
+def test_a_limit_does_not_thin_out_the_tokenizers_sample(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def record(texts, *, vocab_size: int) -> Tokenizer:
+        seen.extend(texts)
+        return train_bpe(iter(seen), vocab_size=vocab_size)
+
+    monkeypatch.setattr(module, "train_bpe", record)
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 2000)
+    prepare(PrepareConfig(input=(corpus,), out=tmp_path / "out", vocab_size=257, limit_bytes=1500))
+    assert 1200 < len("".join(seen)) <= 1550
