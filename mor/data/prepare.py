@@ -10,8 +10,9 @@ import hashlib
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +28,14 @@ from mor.data.sources import (
     stdlib_files,
 )
 from mor.data.streams import content_suffix, is_compressed
+from mor.data.threads import feed, map_ahead
 from mor.data.writer import SplitWriter
 from mor.files import atomic_folder
 from mor.log import human_bytes, human_count, logger, progress
 from mor.tokenizer import Tokenizer, train_bpe
 
 SAMPLE_BYTES = 64_000_000
-BATCH_BYTES = 1 << 22
+BATCH_BYTES = 1 << 21
 BATCH_DOCUMENTS = 2048
 TYPICAL_COMPRESSION = 4
 MAX_SKIP_LINES = 20
@@ -147,7 +149,7 @@ class _Job:
         with progress("reading", sizes.disk_bytes) as bar:
             scan = self._scan(sizes.text_bytes, on_read=bar.advance)
             if given is None:
-                tokenizer = train_bpe(scan, vocab_size=self.config.vocab_size)
+                tokenizer = feed(partial(train_bpe, vocab_size=self.config.vocab_size), scan)
             else:
                 tokenizer = given
                 for _ in scan:
@@ -215,8 +217,8 @@ class _Job:
                 ((rule.split_of(item.hash), item) for item in self._items(digest)),
                 (("val", item) for item in self._val_items(digest)),
             )
-            for batch in _batches(placed):
-                ids_of = encode(batch)
+            encoded = stack.enter_context(closing(map_ahead(encode, _batches(placed))))
+            for batch, ids_of in encoded:
                 for (name, item), ids in zip(batch, ids_of, strict=True):
                     if ids:
                         writers[name].add([*ids, tokenizer.eos_token_id], text_bytes=item.bytes)
