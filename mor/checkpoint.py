@@ -53,6 +53,11 @@ def load_model(
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a model folder; give one that `mor train` wrote")
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} is a peft adapter, not a model; merge it into its model first, as "
+                "docs/huggingface.md shows"
+            )
         raise ValueError(f"{folder} has no config.json; give a model folder")
     config = ModelConfig.load(folder)
     with torch.device("meta"):

@@ -21,7 +21,8 @@ import torch
 from mor import checkpoint
 from mor.cli import main
 from mor.data.config import PrepareConfig
-from mor.data.prepare import SplitWriter, prepare
+from mor.data.prepare import prepare
+from mor.data.writer import SplitWriter
 
 Patch = pytest.MonkeyPatch
 
@@ -82,6 +83,12 @@ def truncated_zst(world: World, patch: Patch) -> None:
     world.write("a.txt.zst", data[: len(data) // 2])
 
 
+def parquet(world: World, patch: Patch) -> None:
+    pa = pytest.importorskip("pyarrow")
+    path = world.folder / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pa.table({"text": ["a"], "n": [1]}), path)
+
+
 def truncate(name: str, keep: int) -> Callable[[World, Patch], None]:
     def make(world: World, patch: Patch) -> None:
         path = world.folder / name
@@ -137,6 +144,12 @@ def cut_shard(world: World, patch: Patch) -> None:
     shutil.copytree(world.data, world.folder / "data")
     (shard,) = (world.folder / "data").glob("train-*.bin")
     shard.write_bytes(shard.read_bytes()[:-2])
+
+
+def data_of_another_format(world: World, patch: Patch) -> None:
+    shutil.copytree(world.data, world.folder / "data")
+    file = world.folder / "data/manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
 
 
 def fails(number: int, owner: Any, name: str) -> Callable[[World, Patch], None]:
@@ -200,7 +213,7 @@ CASES: list[tuple[str, Callable[[World, Patch], None], str, list[str]]] = [
         "no text files",
         files(**{"in/a__exe": "x"}),
         PREPARE + "in",
-        ["no text, code or JSONL", "name a file"],
+        ["no text, code, JSONL or Parquet", "name a file"],
     ),
     ("binary file", files(a__txt=b"text\0"), PREPARE + "a.txt", ["a.txt is binary", "offset 4"]),
     (
@@ -211,6 +224,36 @@ CASES: list[tuple[str, Callable[[World, Patch], None], str, list[str]]] = [
     ),
     ("broken JSON", files(a__jsonl='{"text": 1}'), PREPARE + "a.jsonl", ["a.jsonl:1", "not text"]),
     ("truncated zst", truncated_zst, PREPARE + "a.txt.zst", ["a.txt.zst is cut off"]),
+    (
+        "broken Parquet",
+        files(a__parquet="text"),
+        PREPARE + "a.parquet",
+        ["a.parquet is damaged or no Parquet file", "--skip-bad"],
+    ),
+    (
+        "unknown column",
+        parquet,
+        PREPARE + "a.parquet --text-field txt",
+        ["a.parquet: no field 'txt' (fields: text, n)", "did you mean --text-field text?"],
+    ),
+    (
+        "column of numbers",
+        parquet,
+        PREPARE + "a.parquet --text-field n",
+        ["column 'n' is int64, not text; set --text-field"],
+    ),
+    (
+        "no dataset's name",
+        nothing,
+        "prepare --out {tmp}/out --input hf://a/b/c",
+        ["hf://a/b/c is no dataset's name", "write hf://OWNER/NAME"],
+    ),
+    (
+        "dataset out of reach",
+        nothing,
+        "prepare --out {tmp}/out --input hf://nobody/nothing",
+        ["hf://nobody/nothing@train", "check the network"],
+    ),
     ("no input", nothing, "prepare --out {tmp}/out", ["--input or --corpus stdlib"]),
     ("shares of nan", nothing, PREPARE + "a --val-fraction nan", ["val_fraction is nan"]),
     ("tiny vocabulary", nothing, PREPARE + "a --vocab-size 3", ["vocab_size is 3; give 257"]),
@@ -267,6 +310,64 @@ CASES: list[tuple[str, Callable[[World, Patch], None], str, list[str]]] = [
         TRAIN,
         ["num_hidden_layers 6", "use 8"],
     ),
+    (
+        "width that does not divide",
+        recipe("num_attention_heads = 2", "num_attention_heads = 3"),
+        TRAIN,
+        ["hidden_size 32 does not divide by num_attention_heads 3", "change one"],
+    ),
+    (
+        "heads that do not divide",
+        nothing,
+        "plan {recipe} --model.num-attention-heads 4 --model.num-key-value-heads 3",
+        ["num_attention_heads 4 does not divide by num_key_value_heads 3"],
+    ),
+    (
+        "batch that does not divide",
+        recipe("batch_tokens = 128", "batch_tokens = 100"),
+        TRAIN,
+        ["batch_tokens is 100; give a multiple of context 32"],
+    ),
+    (
+        "micro-batch that does not divide",
+        recipe("micro_batch_tokens = 64", "micro_batch_tokens = 96"),
+        TRAIN,
+        ["batch_tokens 128 is no multiple of micro_batch_tokens 96"],
+    ),
+    *[
+        (f"options that do not go together {number}", nothing, f"plan {{recipe}} {flags}", says)
+        for number, (flags, says) in enumerate(
+            (
+                (
+                    "--model.sharing middle_sequence",
+                    ["middle_sequence serves the router fixed", "needs cycle, middle_cycle or"],
+                ),
+                ("--model.num-recursions 1", ["needs num_recursions of 2 or more", "use"]),
+                ("--model.router fixed --model.gating weighted", ["leave gating at none"]),
+                ("--model.router threshold --model.gating additive", ["use weighted or residual"]),
+                (
+                    "--model.router token_choice --model.gating none --model.router-balance bias",
+                    ["token_choice would learn nothing", "use weighted or residual"],
+                ),
+                ("--model.router token_choice --model.capacity 1 .5 .5", ["leave it out"]),
+                ("--model.router-score softmax", ["not expert_choice; use sigmoid"]),
+                ("--model.router-balance bias", ["not expert_choice; use loss"]),
+                ("--model.router random --model.router-aux router", ["not random; use loss"]),
+                ("--model.router random --model.capacity-warmup-steps 2", ["not random; use 0"]),
+                ("--model.sharing none --model.kv-strategy hybrid", ["kv_strategy hybrid needs a"]),
+                ("--model.sharing none --model.relax-norms", ["relax_norms needs a block"]),
+                ("--model.sharing none --model.lora-rank 2", ["lora_rank 2 needs a block"]),
+                (
+                    "--model.router fixed --model.kv-strategy hybrid",
+                    ["hybrid equals per_recursion", "use per_recursion"],
+                ),
+                (
+                    "--model.kv-strategy shared --model.lora-rank 2",
+                    ["leave k_proj and v_proj out"],
+                ),
+            )
+        )
+    ],
     ("no heads", nothing, "plan {recipe} --model.num-attention-heads 0", ["heads is 0; give"]),
     (
         "huge recursions",
@@ -312,6 +413,12 @@ CASES: list[tuple[str, Callable[[World, Patch], None], str, list[str]]] = [
     ),
     ("other folder", nothing, "train {recipe} --data {run} --out {tmp}/out", ["no manifest.json"]),
     (
+        "data of another format",
+        data_of_another_format,
+        "train {recipe} --data {tmp}/data --out {tmp}/out",
+        ["manifest.json: format version is 99", "mor prepare again"],
+    ),
+    (
         "cut shard",
         cut_shard,
         "train {recipe} --data {tmp}/data --out {tmp}/out",
@@ -345,6 +452,24 @@ CASES: list[tuple[str, Callable[[World, Patch], None], str, list[str]]] = [
     ("foreign weights", foreign_weights, GENERATE, ["model.safetensors", "another model"]),
     ("a pickle", no_safetensors, GENERATE, ["model.safetensors is broken or no safetensors"]),
     ("truncated config", truncate("run/model/config.json", 99), GENERATE, ["is not JSON"]),
+    (
+        "model of another format",
+        config_with(format_version=99),
+        GENERATE,
+        ["config.json: format version is 99", "install the mor that wrote it"],
+    ),
+    (
+        "model of another format to measure",
+        config_with(format_version=None),
+        EVAL,
+        ["config.json: format version is None"],
+    ),
+    (
+        "a peft adapter",
+        files(**{"lora/adapter_config__json": "{}"}),
+        "generate {tmp}/lora",
+        ["lora is a peft adapter, not a model", "merge it", "docs/huggingface.md"],
+    ),
     ("other model type", config_with(model_type="gpt2"), GENERATE, ["'gpt2'", "mor and llama"]),
     ("config with a null", config_with(capacity=None), GENERATE, ["config.json", "wrong type"]),
     ("broken tokenizer", truncate("run/model/tokenizer.json", 99), GENERATE, ["tokenizer.json"]),

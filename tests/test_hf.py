@@ -171,6 +171,14 @@ def test_loading_is_strict(routed: Path, tmp_path: Path, change: Any, message: s
         load(tmp_path)
 
 
+def test_a_model_of_another_format_is_refused(routed: Path, tmp_path: Path) -> None:
+    config = json.loads((routed / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "format_version": 99}))
+    with pytest.raises(ValueError, match="format version is 99, this mor reads") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 def test_padding_never_enters_the_model(folder: Path, side: str) -> None:
     core, model = load_model(folder, dtype=F64), load(folder, dtype=F64)

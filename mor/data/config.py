@@ -13,8 +13,9 @@ class PrepareConfig:
 
     out: Path
     """new or empty folder for shards, tokenizer and manifest"""
-    input: tuple[Path, ...] = ()
-    """files and folders of text, code and JSONL, also .gz, .xz, .zst"""
+    input: tuple[str | Path, ...] = ()
+    """files and folders of text, code, JSONL (each also .gz, .xz, .zst) and Parquet; Hugging Face
+    datasets as hf://OWNER/NAME[:CONFIG][@SPLIT], split train unless given, streamed twice"""
     corpus: Literal["none", "stdlib"] = "none"
     """stdlib reads the Python standard library of this machine instead of --input"""
     tokenizer: Path | None = None
@@ -23,14 +24,14 @@ class PrepareConfig:
     """entries of the BPE that is trained"""
     eos_token: str | None = None
     """end-of-document token of --tokenizer, if it has no well-known name"""
-    val: tuple[Path, ...] = ()
-    """files and folders used as the validation split, instead of a share of the input"""
+    val: tuple[str | Path, ...] = ()
+    """what --input takes, used as the validation split instead of a share of the input"""
     val_fraction: float = 0.02
     """share of documents for validation, chosen by their hash"""
     heldout_fraction: float = 0.01
     """share of documents held out of training to set the routers' thresholds"""
     text_field: str = "text"
-    """field of a JSONL record that holds the text"""
+    """field of JSONL records, or column of Parquet files and datasets, that holds the text"""
     max_document_bytes: int = 65536
     """a longer text file is cut at line ends into documents of this size"""
     limit_bytes: int | None = None

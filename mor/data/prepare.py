@@ -9,24 +9,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
-
-import numpy as np
+from typing import NamedTuple
 
 from mor.data.config import PrepareConfig
-from mor.data.manifest import Manifest, Shard, SplitInfo
-from mor.data.sources import find_files, iterate_documents, stdlib_files
-from mor.data.streams import is_compressed
+from mor.data.manifest import Manifest
+from mor.data.parquet import PARQUET_SUFFIX
+from mor.data.sources import (
+    Source,
+    check_readers,
+    find_sources,
+    identity,
+    iterate_documents,
+    stdlib_files,
+)
+from mor.data.streams import content_suffix, is_compressed
+from mor.data.threads import feed, map_ahead
+from mor.data.writer import SplitWriter
 from mor.files import atomic_folder
 from mor.log import human_bytes, human_count, logger, progress
 from mor.tokenizer import Tokenizer, train_bpe
 
 SAMPLE_BYTES = 64_000_000
-BATCH_BYTES = 1 << 22
+BATCH_BYTES = 1 << 21
 BATCH_DOCUMENTS = 2048
 TYPICAL_COMPRESSION = 4
 MAX_SKIP_LINES = 20
@@ -38,6 +47,10 @@ class Item(NamedTuple):
     text: str
     bytes: int
     hash: int
+
+
+Batch = list[tuple[str, Item]]
+"""Documents, each with its split."""
 
 
 @dataclass
@@ -101,25 +114,27 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 class _Job:
-    """The files of one run and what is known about them so far."""
+    """The sources of one run and what is known about them so far."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self.config = config
         self.empty = self.skipped = 0
         others: list[Path] = []
+        self.sources: list[Source]
         if config.corpus == "stdlib":
-            self.files = stdlib_files()
-            self.source = f"standard library of Python {platform.python_version()}"
+            self.sources = [*stdlib_files()]
+            self.name = f"standard library of Python {platform.python_version()}"
         else:
-            self.files = find_files(config.input, on_other=others.append)
-            self.source = ", ".join(str(path) for path in config.input)
-        self.val_files = find_files(config.val, on_other=others.append) if config.val else []
-        own_val = {file.resolve() for file in self.val_files}
-        self.files = [file for file in self.files if file.resolve() not in own_val]
-        if not self.files:
+            self.sources = find_sources(config.input, on_other=others.append)
+            self.name = ", ".join(str(name) for name in config.input)
+        self.val_sources = find_sources(config.val, on_other=others.append) if config.val else []
+        own_val = {identity(source) for source in self.val_sources}
+        self.sources = [source for source in self.sources if identity(source) not in own_val]
+        if not self.sources:
             raise ValueError(
                 "every input file is also given as --val; give other files to train on"
             )
+        check_readers([*self.sources, *self.val_sources])
         if others:
             logger.info("%d files left out for their suffix, such as %s", len(others), others[0])
         self.census, self.val_census = Census(), Census()
@@ -130,12 +145,11 @@ class _Job:
         given = None
         if self.config.tokenizer is not None:
             given = Tokenizer.load(self.config.tokenizer, eos_token=self.config.eos_token)
-        sizes = [(file, file.stat().st_size) for file in [*self.files, *self.val_files]]
-        total = None if self.config.limit_bytes else sum(size for _, size in sizes)
-        with progress("reading", total) as bar:
-            scan = self._scan(_estimate_text_bytes(sizes), on_read=bar.advance)
+        sizes = _estimate_sizes([*self.sources, *self.val_sources], self.config.limit_bytes)
+        with progress("reading", sizes.disk_bytes) as bar:
+            scan = self._scan(sizes.text_bytes, on_read=bar.advance)
             if given is None:
-                tokenizer = train_bpe(scan, vocab_size=self.config.vocab_size)
+                tokenizer = feed(partial(train_bpe, vocab_size=self.config.vocab_size), scan)
             else:
                 tokenizer = given
                 for _ in scan:
@@ -172,10 +186,10 @@ class _Job:
 
     def _check_census(self) -> None:
         if not self.census.bytes:
-            raise ValueError(f"empty corpus: no text in {self.source}; give files that hold text")
-        if self.val_files and not self.val_census.bytes:
-            raise ValueError("no text in the files of --val; give files that hold text")
-        needed = 2 if self.val_files else 3
+            raise ValueError(f"empty corpus: no text in {self.name}; give files that hold text")
+        if self.val_sources and not self.val_census.bytes:
+            raise ValueError("no text in what --val names; give files that hold text")
+        needed = 2 if self.val_sources else 3
         if self.census.distinct < needed:
             raise ValueError(
                 f"the corpus has {self.census.distinct} distinct documents, its splits need "
@@ -188,6 +202,10 @@ class _Job:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         digest = hashlib.sha256()
         total = self.census.bytes + self.val_census.bytes
+
+        def encode(batch: Batch) -> list[list[int]]:
+            return tokenizer.encode_batch([item.text for _, item in batch])
+
         with ExitStack() as stack, progress("encoding", total) as bar:
             writers = {
                 name: stack.enter_context(
@@ -199,8 +217,8 @@ class _Job:
                 ((rule.split_of(item.hash), item) for item in self._items(digest)),
                 (("val", item) for item in self._val_items(digest)),
             )
-            for batch in _batches(placed):
-                ids_of = tokenizer.encode_batch([item.text for _, item in batch])
+            encoded = stack.enter_context(closing(map_ahead(encode, _batches(placed))))
+            for batch, ids_of in encoded:
                 for (name, item), ids in zip(batch, ids_of, strict=True):
                     if ids:
                         writers[name].add([*ids, tokenizer.eos_token_id], text_bytes=item.bytes)
@@ -226,13 +244,13 @@ class _Job:
             documents=sum(split.documents for split in splits.values()),
             skipped=self.skipped,
             empty=self.empty,
-            source=self.source,
+            source=self.name,
             splits=splits,
         )
 
     def _split_rule(self) -> SplitRule:
         config, census = self.config, self.census
-        if self.val_files:
+        if self.val_sources:
             assigned = {census.lowest[0]: "heldout", census.highest: "train"}
             return SplitRule(0.0, config.heldout_fraction, assigned)
         first, second = census.lowest
@@ -242,25 +260,25 @@ class _Job:
     def _items(self, digest: hashlib._Hash, *reports: Callable[..., None]) -> Iterator[Item]:
         """Yield the input's documents up to limit_bytes."""
         taken_bytes = 0
-        for item in self._read(self.files, digest, *reports):
+        for item in self._read(self.sources, digest, *reports):
             yield item
             taken_bytes += item.bytes
             if self.config.limit_bytes is not None and taken_bytes >= self.config.limit_bytes:
                 return
 
     def _val_items(self, digest: hashlib._Hash, *reports: Callable[..., None]) -> Iterator[Item]:
-        return self._read(self.val_files, digest, *reports)
+        return self._read(self.val_sources, digest, *reports)
 
     def _read(
         self,
-        files: Iterable[Path],
+        sources: Sequence[Source],
         digest: hashlib._Hash,
         on_skip: Callable[[str], None] = lambda _: None,
         on_empty: Callable[[str], None] = lambda _: None,
         on_read: Callable[[int], None] = lambda _: None,
     ) -> Iterator[Item]:
         documents = iterate_documents(
-            list(files),
+            sources,
             text_field=self.config.text_field,
             max_document_bytes=self.config.max_document_bytes,
             skip_bad=self.config.skip_bad,
@@ -283,76 +301,9 @@ class _Job:
         self.empty += 1
 
 
-class SplitWriter:
-    """Appends documents to the shards of one split; every shard but the last is full."""
-
-    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
-        self._folder, self._name = folder, name
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._shard_tokens = shard_tokens
-        self._pending: list[int] = []
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
-        self._in_shard = 0
-        self._shards: list[Shard] = []
-        self._documents = self._bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, ids: list[int], *, text_bytes: int) -> None:
-        """Take the ids of one document, its end included."""
-        self._pending += ids
-        self._documents += 1
-        self._bytes += text_bytes
-
-    def write_pending(self) -> None:
-        """Write what was added, into as many shards as it takes."""
-        tokens = np.array(self._pending, dtype=self._dtype)
-        self._pending = []
-        while len(tokens):
-            if self._file is None:
-                self._file = (self._folder / self._shard_name()).open("wb")
-            part = tokens[: self._shard_tokens - self._in_shard]
-            tokens = tokens[len(part) :]
-            data = part.tobytes()
-            self._file.write(data)
-            self._digest.update(data)
-            self._in_shard += len(part)
-            if self._in_shard == self._shard_tokens:
-                self._close_shard()
-
-    def finish(self) -> SplitInfo:
-        """Close the last shard and return what was written."""
-        self.write_pending()
-        self._close_shard()
-        return SplitInfo(
-            documents=self._documents,
-            tokens=sum(shard.tokens for shard in self._shards),
-            bytes=self._bytes,
-            shards=tuple(self._shards),
-        )
-
-    def _shard_name(self) -> str:
-        return f"{self._name}-{len(self._shards):05d}.bin"
-
-    def _close_shard(self) -> None:
-        if self._file is None:
-            return
-        self._file.close()
-        self._shards.append(
-            Shard(file=self._shard_name(), tokens=self._in_shard, sha256=self._digest.hexdigest())
-        )
-        self._file, self._in_shard, self._digest = None, 0, hashlib.sha256()
-
-
-def _batches(placed: Iterable[tuple[str, Item]]) -> Iterator[list[tuple[str, Item]]]:
+def _batches(placed: Iterable[tuple[str, Item]]) -> Iterator[Batch]:
     """Group documents up to BATCH_BYTES of text or BATCH_DOCUMENTS."""
-    batch: list[tuple[str, Item]] = []
+    batch: Batch = []
     size = 0
     for name, item in placed:
         batch.append((name, item))
@@ -364,10 +315,27 @@ def _batches(placed: Iterable[tuple[str, Item]]) -> Iterator[list[tuple[str, Ite
         yield batch
 
 
-def _estimate_text_bytes(sizes: list[tuple[Path, int]]) -> float:
-    """Guess the text in files of these sizes, to choose a sample before it is read."""
-    return max(
-        1.0, sum(size * (TYPICAL_COMPRESSION if is_compressed(file) else 1) for file, size in sizes)
+class Sizes(NamedTuple):
+    """What can be said of sources before they are read."""
+
+    disk_bytes: float | None
+    """to read; None where the end is not known"""
+    text_bytes: float
+    """a guess; what comes from a dataset is not counted"""
+
+
+def _estimate_sizes(sources: Sequence[Source], limit_bytes: int | None) -> Sizes:
+    disk_bytes = text_bytes = 0
+    for source in sources:
+        if isinstance(source, Path):
+            size = source.stat().st_size
+            disk_bytes += size
+            is_packed = is_compressed(source) or content_suffix(source) == PARQUET_SUFFIX
+            text_bytes += size * (TYPICAL_COMPRESSION if is_packed else 1)
+    is_known = limit_bytes is None and all(isinstance(source, Path) for source in sources)
+    return Sizes(
+        disk_bytes if is_known else None,
+        max(1, text_bytes if limit_bytes is None else min(text_bytes, limit_bytes)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Documents out of files, one at a time: memory does not grow with the corpus or a file."""
+"""Documents out of files and datasets, one at a time: memory does not grow with either."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mor.data.streams import BadInput, check_readers, content_suffix, read_chunks
+from mor.data.hub import HUB_PREFIX, HubDataset, read_hub
+from mor.data.parquet import PARQUET_SUFFIX, read_parquet
+from mor.data.records import Row, text_of
+from mor.data.streams import BadInput, content_suffix, read_chunks
 
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PROSE_SUFFIXES = frozenset(
@@ -22,13 +26,17 @@ CODE_SUFFIXES = frozenset({
     ".sh", ".sql", ".swift", ".toml", ".ts", ".tsx", ".yaml", ".yml",
 })
 # fmt: on
-KNOWN_SUFFIXES = JSON_LINES_SUFFIXES | PROSE_SUFFIXES | CODE_SUFFIXES
+KNOWN_SUFFIXES = JSON_LINES_SUFFIXES | PROSE_SUFFIXES | CODE_SUFFIXES | {PARQUET_SUFFIX}
 STDLIB_EXCLUDED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
 MIN_DOCUMENT_BYTES = 16
 MAX_LINE_BYTES = 1 << 25
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+Source = Path | HubDataset
+"""What documents come out of."""
 
 
 class Document(NamedTuple):
@@ -38,39 +46,80 @@ class Document(NamedTuple):
     source: str
 
 
+class Package(NamedTuple):
+    """A package that not every installation has, and the extra that brings it."""
+
+    name: str
+    extra: str
+
+
 def _ignore(_: Any) -> None:
     pass
 
 
-def find_files(paths: Sequence[Path], *, on_other: Callable[[Path], None] = _ignore) -> list[Path]:
-    """List the files to read: each path that is a file, and what folders hold, sorted.
+def find_sources(
+    names: Sequence[str | Path], *, on_other: Callable[[Path], None] = _ignore
+) -> list[Source]:
+    """List what to read: each name that is a file or a dataset, and what folders hold, sorted.
 
-    A named file is always taken. From folders come text, code and JSONL by suffix, also
-    compressed; hidden files and folders are left out. A file named twice is read once.
+    A named file is always taken. From folders come text, code, JSONL and Parquet by suffix, also
+    compressed; hidden files and folders are left out. What is named twice is read once.
 
     on_other  told every file of a folder that was left out for its suffix
-    Raises    ValueError for a path that is missing or holds nothing to read
+    Raises    ValueError for a path that is missing or holds nothing to read, and for a name that
+              begins like a dataset's and is none
     """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if path.is_dir():
-            files = _walk(path, on_other)
-            if not files:
-                raise ValueError(
-                    f"{path} holds no text, code or JSONL files; "
-                    "name a file itself to read it whatever its suffix"
-                )
-        elif path.is_file():
-            files = [path]
-        elif path.exists():
-            raise ValueError(f"{path} is not a regular file; give files or folders")
-        else:
-            raise ValueError(f"{path} does not exist; give files or folders that do")
-        for file in files:
-            found.setdefault(file.resolve(), file)
+    found: dict[Source, Source] = {}
+    for name in names:
+        sources: Sequence[Source] = (
+            [HubDataset.parse(str(name))]
+            if str(name).startswith(HUB_PREFIX)
+            else _find_files(Path(name), on_other)
+        )
+        for source in sources:
+            found.setdefault(identity(source), source)
     if not found:
         raise ValueError("no input; give files or folders with --input, or --corpus stdlib")
     return list(found.values())
+
+
+def identity(source: Source) -> Source:
+    """Return what is the same for two ways to name a source."""
+    return source.resolve() if isinstance(source, Path) else source
+
+
+def check_readers(sources: Sequence[Source]) -> None:
+    """Raise ValueError when a source needs a package that is not installed."""
+    for source in sources:
+        needed = _package_for(source)
+        if needed is not None and find_spec(needed.name) is None:
+            raise ValueError(
+                f"{source} needs {needed.name}; pip install 'mixture-of-recursions[{needed.extra}]'"
+            )
+
+
+def _package_for(source: Source) -> Package | None:
+    if isinstance(source, HubDataset):
+        return Package("datasets", extra="hf")
+    if content_suffix(source) == PARQUET_SUFFIX:
+        return Package("pyarrow", extra="data")
+    return Package("zstandard", extra="data") if source.suffix.lower() == ".zst" else None
+
+
+def _find_files(path: Path, on_other: Callable[[Path], None]) -> list[Path]:
+    if path.is_dir():
+        files = _walk(path, on_other)
+        if not files:
+            raise ValueError(
+                f"{path} holds no text, code, JSONL or Parquet files; "
+                "name a file itself to read it whatever its suffix"
+            )
+        return files
+    if path.is_file():
+        return [path]
+    if path.exists():
+        raise ValueError(f"{path} is not a regular file; give files or folders")
+    raise ValueError(f"{path} does not exist; give files or folders that do")
 
 
 def _walk(folder: Path, on_other: Callable[[Path], None]) -> list[Path]:
@@ -93,7 +142,7 @@ def _raise(error: OSError) -> None:
 
 
 def iterate_documents(
-    files: Sequence[Path],
+    sources: Sequence[Source],
     *,
     text_field: str = "text",
     max_document_bytes: int = 65536,
@@ -102,40 +151,61 @@ def iterate_documents(
     on_empty: Callable[[str], None] = _ignore,
     on_read: Callable[[int], None] = _ignore,
 ) -> Iterator[Document]:
-    """Yield the documents of files in order.
+    """Yield the documents of sources in order.
 
-    A JSONL line is one document: its text_field, or its `messages` as "role: content" lines.
-    Any other file is one document, cut at line ends (else between characters) into documents
-    of at most max_document_bytes.
+    A JSONL line, a row of a Parquet file and one of a dataset is one document: its text_field,
+    or its `messages` as "role: content" lines. Any other file is one document, cut at line ends
+    (else between characters) into documents of at most max_document_bytes.
 
     on_skip   told, in one line, what was left out because it is broken (with skip_bad)
-    on_empty  told the place of every file or line that holds no text
+    on_empty  told the place of every file, line or row that holds no text
     on_read   told the bytes taken from disk
-    Raises    ValueError naming file and line or byte offset, unless skip_bad
+    Raises    ValueError naming file and line, row or byte offset, unless skip_bad; also with it
+              for a missing package and for a dataset that cannot be had whole
     """
     if max_document_bytes < MIN_DOCUMENT_BYTES:
         raise ValueError(
             f"max_document_bytes is {max_document_bytes}; give {MIN_DOCUMENT_BYTES} or more"
         )
-    check_readers(list(files))
+    check_readers(sources)
 
     def report(problem: str) -> None:
         if not skip_bad:
             raise BadInput(problem)
         on_skip(problem)
 
-    for path in files:
-        chunks = read_chunks(path, on_read=on_read)
-        if content_suffix(path) in JSON_LINES_SUFFIXES:
-            documents = _json_documents(path, chunks, text_field, report, on_empty)
+    for source in sources:
+        if isinstance(source, HubDataset):
+            rows = read_hub(source, text_field, report=report)
+            documents = _row_documents(source, rows, on_empty)
+        elif content_suffix(source) == PARQUET_SUFFIX:
+            rows = read_parquet(source, text_field, report=report, on_read=on_read)
+            documents = _row_documents(source, rows, on_empty)
+        elif content_suffix(source) in JSON_LINES_SUFFIXES:
+            chunks = read_chunks(source, on_read=on_read)
+            documents = _json_documents(source, chunks, text_field, report, on_empty)
         else:
-            documents = _text_documents(path, chunks, max_document_bytes, report, on_empty)
+            chunks = read_chunks(source, on_read=on_read)
+            documents = _text_documents(source, chunks, max_document_bytes, report, on_empty)
         try:
             yield from documents
         except BadInput as error:
             if not skip_bad:
                 raise ValueError(f"{error}; use --skip-bad to go on without it") from error
             on_skip(str(error))
+
+
+def _row_documents(
+    source: Source, rows: Iterator[Row], on_empty: Callable[[str], None]
+) -> Iterator[Document]:
+    number = 0
+    for text, number in rows:
+        if text:
+            yield Document(text, f"{source}:{number}")
+        else:
+            on_empty(f"{source}:{number}")
+    if number == 0:
+        on_empty(str(source))
 
 
 def _text_documents(
@@ -197,7 +267,7 @@ def _json_documents(
         if line is None or not line.strip():
             continue
         try:
-            text = _text_of(json.loads(line), text_field)
+            text = text_of(json.loads(line), text_field)
         except (ValueError, RecursionError) as error:
             report(f"{source}: {_json_problem(error)}")
             continue
@@ -225,39 +295,6 @@ def _lines(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
             raise BadInput(f"{path} has a line of more than {MAX_LINE_BYTES >> 20} MiB; cut it")
     if parts:
         yield b"".join(parts)
-
-
-def _text_of(record: Any, text_field: str) -> str:
-    """Return the text of a JSON record; BadInput says what is missing."""
-    if not isinstance(record, dict):
-        raise BadInput(f"a line holds one JSON object, this is {type(record).__name__}")
-    if text_field in record:
-        text = record[text_field]
-        if not isinstance(text, str):
-            raise BadInput(f"field {text_field!r} is {type(text).__name__}, not text")
-    elif "messages" in record:
-        text = _render_messages(record["messages"])
-    else:
-        near = ", ".join(list(record)[:8]) or "none"
-        raise BadInput(f"no field {text_field!r} (fields: {near}); set --text-field")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadInput(f"the text holds half a surrogate pair at {error.start}") from error
-    return text
-
-
-def _render_messages(messages: Any) -> str:
-    if not isinstance(messages, list):
-        raise BadInput(f"field 'messages' is {type(messages).__name__}, not a list")
-    lines = []
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise BadInput("a message needs role and content as text")
-        lines.append(f"{role}: {content}\n")
-    return "".join(lines)
 
 
 def _json_problem(error: ValueError | RecursionError) -> str:

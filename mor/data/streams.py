@@ -32,19 +32,6 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED_SUFFIXES
 
 
-def check_readers(files: list[Path]) -> None:
-    """Raise ValueError when a file needs a package that is not installed."""
-    for path in files:
-        if path.suffix.lower() == ".zst":
-            try:
-                import zstandard  # noqa: F401
-            except ImportError as error:
-                raise ValueError(
-                    f"{path} needs zstandard; pip install 'mixture-of-recursions[data]'"
-                ) from error
-            return
-
-
 def read_chunks(path: Path, *, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """Yield the decompressed content in pieces of bounded size.
 

@@ -6,6 +6,9 @@ import errno
 import itertools
 import json
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import pytest
 from mor.data import prepare as module
 from mor.data.config import PrepareConfig
 from mor.data.manifest import Manifest
-from mor.data.prepare import SplitRule, SplitWriter, prepare
+from mor.data.prepare import SplitRule, prepare
+from mor.data.writer import SplitWriter
 from mor.files import sha256_file
 from mor.tokenizer import Tokenizer, train_bpe
 
@@ -199,7 +203,7 @@ def test_too_few_distinct_documents_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 distinct documents, its splits need 2"):
         prepare(PrepareConfig(input=(corpus,), val=(val,), out=tmp_path / "no", vocab_size=257))
     val.write_text("")
-    with pytest.raises(ValueError, match="no text in the files of --val"):
+    with pytest.raises(ValueError, match="no text in what --val names"):
         prepare(PrepareConfig(input=(corpus,), val=(val,), out=tmp_path / "no", vocab_size=257))
 
 
@@ -313,3 +317,65 @@ def test_the_standard_library_is_prepared(
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrepareConfig(out=Path("out"), **settings)
+
+
+def test_one_core_and_all_cores_give_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    for name, settings in (
+        ("one", {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}),
+        ("all", {"RAYON_NUM_THREADS": "4", "TOKENIZERS_PARALLELISM": "true"}),
+    ):
+        args = ["--input", str(corpus), "--out", str(tmp_path / name), "--vocab-size", "320"]
+        subprocess.run(
+            [sys.executable, "-m", "mor", "prepare", *args],
+            env=os.environ | settings,
+            check=True,
+            capture_output=True,
+        )
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "all")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for a process on Windows")
+def test_ctrl_c_stops_soon_and_leaves_nothing(tmp_path: Path) -> None:
+    """Also while the tokenizer is learnt, all in a library that hears no signal."""
+    write_corpus(tmp_path / "in" / "a.jsonl", count=200_000)
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "mor: interrupted")
+    assert float(done.stdout) < 5000, "it went on reading"
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+STOPPED = """
+import os, signal, sys
+from mor.cli import main
+from mor.data import prepare
+
+counted = [0]
+add = prepare.Census.add
+
+def count(self, item):
+    counted[0] += 1
+    if counted[0] == 1000:
+        os.kill(os.getpid(), signal.SIGINT)
+    add(self, item)
+
+prepare.Census.add = count
+code = main(["prepare", "--input", sys.argv[1], "--out", sys.argv[2]])
+print(counted[0])
+sys.exit(code)
+"""
+
+
+def test_a_limit_does_not_thin_out_the_tokenizers_sample(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def record(texts, *, vocab_size: int) -> Tokenizer:
+        seen.extend(texts)
+        return train_bpe(iter(seen), vocab_size=vocab_size)
+
+    monkeypatch.setattr(module, "train_bpe", record)
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 2000)
+    prepare(PrepareConfig(input=(corpus,), out=tmp_path / "out", vocab_size=257, limit_bytes=1500))
+    assert 1200 < len("".join(seen)) <= 1550

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mor.data import sources, streams
-from mor.data.sources import Document, find_files, iterate_documents, stdlib_files
+from mor.data.sources import Document, find_sources, iterate_documents, stdlib_files
 
 zstandard = pytest.importorskip("zstandard")
 
@@ -41,7 +41,16 @@ def texts(*files: Path, **settings) -> list[str]:
 
 
 def test_folders_give_text_code_and_jsonl_in_order(tmp_path: Path) -> None:
-    taken = ["B.PY", "a.txt", "a/x.md", "a/y.jsonl.zst", "b/z.rs", "c.txt.gz", "d.jsonl"]
+    taken = [
+        "B.PY",
+        "a.txt",
+        "a/x.md",
+        "a/y.jsonl.zst",
+        "b/z.rs",
+        "c.txt.gz",
+        "d.jsonl",
+        "e.parquet",
+    ]
     for name in [
         *taken,
         "pic.png",
@@ -53,28 +62,28 @@ def test_folders_give_text_code_and_jsonl_in_order(tmp_path: Path) -> None:
     ]:
         write(tmp_path / name, "x")
     others: list[Path] = []
-    found = find_files([tmp_path], on_other=others.append)
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == sorted(taken)
+    found = find_sources([tmp_path], on_other=others.append)
+    assert found == [tmp_path / name for name in sorted(taken)]
     assert {path.name for path in others} == {"pic.png", "data.json", "noext", "t.tar.gz"}
-    named = find_files([tmp_path / "pic.png", tmp_path, tmp_path / "a.txt"])
+    named = find_sources([tmp_path / "pic.png", tmp_path, tmp_path / "a.txt"])
     assert named == [tmp_path / "pic.png", *found]
 
 
 def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
-        find_files([tmp_path / "nothing"])
+        find_sources([tmp_path / "nothing"])
     write(tmp_path / "pic.png", "x")
-    with pytest.raises(ValueError, match="holds no text, code or JSONL"):
-        find_files([tmp_path])
+    with pytest.raises(ValueError, match="holds no text, code, JSONL or Parquet"):
+        find_sources([tmp_path])
     with pytest.raises(ValueError, match="no input"):
-        find_files([])
+        find_sources([])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders on this system")
 def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a regular file"):
-        find_files([tmp_path / "pipe"])
+        find_sources([tmp_path / "pipe"])
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
