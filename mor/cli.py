@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -24,8 +24,13 @@ import mor
 from mor.bench.config import BenchTrainConfig
 from mor.config import ModelConfig, check_choice
 from mor.data.config import PrepareConfig
+from mor.engine.config import Backend
+from mor.engine.params import SamplingParams
 from mor.log import logger, print_json, setup_logging
 from mor.train.config import Recipe, TrainConfig, read_recipe, recipe_flags
+
+if TYPE_CHECKING:
+    from mor.engine.engine import Engine
 
 RecipePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
 ModelFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -75,6 +80,44 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn, how deep they go, and on what."""
+
+    max_tokens: int = 128
+    """new tokens at most"""
+    temperature: float = 0.8
+    """0 is greedy"""
+    top_k: int = 0
+    """draw from the k likeliest tokens, 0 for all"""
+    top_p: float = 0.95
+    """draw from the likeliest tokens that reach this share together"""
+    min_p: float = 0.0
+    """draw from tokens with at least this share of the likeliest one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1 makes tokens of prompt and answer less likely"""
+    presence_penalty: float = 0.0
+    """taken off the logit of every token in the answer"""
+    frequency_penalty: float = 0.0
+    """taken off a token's logit for each time it is in the answer"""
+    stop: tuple[str, ...] = ()
+    """texts that end the answer"""
+    seed: int = 0
+    """seed of the draws"""
+    max_recursions: int | None = None
+    """recursions that a token may take; all of the model unless given"""
+    threshold_shift: float = 0.0
+    """added to every threshold: above 0 fewer tokens go on"""
+    target_depth: float | None = None
+    """mean depth to aim at, by the scores that the model folder keeps"""
+    backend: Backend = "auto"
+    """native: compiled for the CPU; triton: on a GPU; torch: plain; auto: the fastest to be had"""
+    device: str = "auto"
+    """cpu, cuda or auto"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """type of the weights; auto is bfloat16 where the processor multiplies it"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
     """Write text with a model folder; a token that left early costs nothing further."""
 
@@ -84,26 +127,30 @@ class Generate:
     """text to go on from; empty begins a new document"""
     prompt_file: Path | None = None
     """file to read the prompt from, - for standard input"""
-    max_tokens: int = 128
-    """new tokens at most"""
-    temperature: float = 0.8
-    """0 is greedy"""
-    top_k: int = 0
-    """draw from the k likeliest tokens, 0 for all"""
-    top_p: float = 0.95
-    """draw from the likeliest tokens that reach this share together"""
-    seed: int = 0
-    """seed of the draws"""
     ignore_eos: bool = False
     """go on after the end of the document"""
+    logprobs: int | None = None
+    """with --json: so many likeliest tokens beside each drawn one, with their log-probabilities"""
     show_depth: bool = False
     """colour every token by the recursions it took"""
-    device: str = "auto"
-    """cpu, cuda or auto"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the weights"""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling]
     json: bool = False
     """print one JSON object with tokens and depths as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk with a model folder; Ctrl-C stops an answer, Ctrl-D ends."""
+
+    model: ModelFolder
+    """model folder"""
+    system: str = ""
+    """what the model is told before the conversation"""
+    show_depth: bool = False
+    """colour every token by the recursions it took"""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling]
+    json: bool = False
+    """print one JSON object with all turns as the last line, instead of the answers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,19 +238,44 @@ def run_generate(args: Generate) -> dict[str, Any]:
             prompt = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.prompt_file} is not UTF-8 at byte {error.start}") from error
-    return write_text(
-        args.model,
-        prompt,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
+    params = _params(
+        args.sampling,
         ignore_eos=args.ignore_eos,
+        skip_special_tokens=not args.ignore_eos,
+        logprobs=args.logprobs,
+    )
+    engine = _engine(args.model, args.sampling)
+    return write_text(engine, prompt, params, show_depth=args.show_depth, quiet=args.json)
+
+
+def run_chat(args: Chat) -> dict[str, Any]:
+    from mor.chat import chat
+    from mor.chat_template import check_extra
+
+    check_extra()
+    params = _params(args.sampling)
+    return chat(
+        args.model,
+        _engine(args.model, args.sampling),
+        params,
+        system=args.system,
         show_depth=args.show_depth,
-        device=args.device,
-        dtype=args.dtype,
         quiet=args.json,
+    )
+
+
+def _params(sampling: Sampling, **more: Any) -> SamplingParams:
+    fields: dict[str, Any] = dict(dataclasses.asdict(sampling))
+    for name in ("backend", "device", "dtype"):
+        del fields[name]
+    return SamplingParams(**fields, **more)
+
+
+def _engine(model: Path, sampling: Sampling) -> Engine:
+    from mor.write import open_engine
+
+    return open_engine(
+        model, device=sampling.device, dtype=sampling.dtype, backend=sampling.backend
     )
 
 
@@ -246,6 +318,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "prepare": (Prepare, run_prepare),
     "train": (Train, run_train),
     "generate": (Generate, run_generate),
+    "chat": (Chat, run_chat),
     "eval": (Eval, run_eval),
     "plan": (Plan, run_plan),
     "bench train": (BenchTrain, run_bench_train),

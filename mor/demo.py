@@ -23,10 +23,12 @@ from mor.data.config import PrepareConfig
 from mor.data.loader import PreparedData, sequential_batches
 from mor.data.prepare import prepare
 from mor.demo_page import print_table, report_page, verdict
+from mor.engine.config import EngineConfig
+from mor.engine.engine import Engine
+from mor.engine.params import SamplingParams
 from mor.files import claim_folder, read_json, write_text
 from mor.log import logger, progress
 from mor.model.cost import count_params, kv_bytes_per_token
-from mor.model.generate import GeneratedToken, SamplingParams, generate
 from mor.model.mor import MoR
 from mor.report import require_report_extra
 from mor.train.heldout import measure_loss
@@ -241,46 +243,46 @@ def bits_up_to_depth(model: MoR, data: PreparedData, size: Size) -> list[float]:
 
 
 def _decode_speeds(models: dict[str, MoR], data: PreparedData, size: Size) -> dict[str, float]:
-    """Time greedy decoding of one sequence, models in turn; median tokens per second.
+    """Time greedy decoding of one sequence on the engine, models in turn; median tokens a second.
 
-    First it verifies: what the cache decodes must be what the whole sequence predicts.
+    First it verifies: what the engine decodes must be what the whole sequence predicts.
     """
     prompt = data.split("val").read(0, 64).tolist()
-    params = SamplingParams(max_tokens=size.decode_tokens)
-    for name, model in models.items():
-        verify_decode(name, model, prompt, params)
+    params = SamplingParams(max_tokens=size.decode_tokens, temperature=0, ignore_eos=True)
+    config = EngineConfig(max_num_seqs=1, enable_prefix_caching=False)
+    engines = {name: Engine(model, config) for name, model in models.items()}
+    for name, engine in engines.items():
+        verify_decode(name, engine, prompt, params)
     times: dict[str, list[float]] = {name: [] for name in models}
     with progress("decode", size.decode_rounds * len(models)) as bar:
         for _ in range(size.decode_rounds):
-            for name, model in models.items():
-                first_s = last_s = 0.0
-                for event in generate(model, [prompt], params):
-                    last_s = time.perf_counter()
-                    if not isinstance(event, GeneratedToken):
-                        first_s = last_s
-                times[name].append(size.decode_tokens / (last_s - first_s))
+            for name, engine in engines.items():
+                first_s = 0.0
+                for piece in engine.stream(prompt, params):
+                    if piece.token_ids and not first_s:
+                        first_s = time.perf_counter()
+                seconds = time.perf_counter() - first_s
+                times[name].append((size.decode_tokens - 1) / seconds)
                 bar.advance()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 @torch.inference_mode()
-def verify_decode(name: str, model: MoR, prompt: list[int], params: SamplingParams) -> None:
-    """Hold greedy cached decoding to one forward pass over the whole sequence.
+def verify_decode(name: str, engine: Engine, prompt: list[int], params: SamplingParams) -> None:
+    """Hold greedy decoding to one forward pass over the whole sequence.
 
     Up to the first near tie of the two best logits, closer than 1e-4.
     """
-    events = [e for e in generate(model, [prompt], params) if isinstance(e, GeneratedToken)]
-    ids = prompt + [event.token for event in events]
-    out = model(torch.tensor([ids]), rule="causal")
+    (output,) = engine.generate([prompt], params)
+    tokens = output.outputs[0].token_ids
+    out = engine.model(torch.tensor([prompt + tokens]), rule="causal")
     assert out.logits is not None
     best = out.logits[0].topk(2).values
-    for place, event in enumerate(events, start=len(prompt)):
+    for place, token in enumerate(tokens, start=len(prompt)):
         if best[place - 1, 0] - best[place - 1, 1] < 1e-4:
             return
-        if int(out.logits[0, place - 1].argmax()) != event.token:
-            raise RuntimeError(
-                f"{name}: cached decoding and the whole sequence disagree at {place}"
-            )
+        if int(out.logits[0, place - 1].argmax()) != token:
+            raise RuntimeError(f"{name}: decoding and the whole sequence disagree at {place}")
 
 
 def check_depths(model: MoR, rows: list[dict[str, Any]]) -> str | None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mor.data.loader import PreparedData
+from mor.engine.engine import Engine
+from mor.engine.params import SamplingParams
 from mor.log import human_bytes, human_count
-from mor.model.generate import GeneratedToken, SamplingParams, generate
 from mor.model.mor import MoR
 from mor.ops.device import describe_machine
 from mor.report import (
@@ -186,11 +187,11 @@ def _depth_page(model: MoR, data: PreparedData) -> str:
 
 
 def _sample(model: MoR, data: PreparedData) -> str:
-    prompt = [data.manifest.eos_token_id]
-    params = SamplingParams(max_tokens=200, temperature=0.8, top_p=0.95)
-    events = generate(model, [prompt], params, eos_token_id=data.manifest.eos_token_id)
-    made = [event for event in events if isinstance(event, GeneratedToken)]
-    return _coloured([e.token for e in made], [e.depth for e in made], model, data)
+    params = SamplingParams(max_tokens=200, temperature=0.8, top_p=0.95, seed=0)
+    (output,) = Engine(model).generate([[data.manifest.eos_token_id]], params)
+    answer = output.outputs[0]
+    # The last token of an answer is never run, so nobody knows its depth.
+    return _coloured(answer.token_ids[: len(answer.depths)], answer.depths, model, data)
 
 
 def _coloured(ids: list[int], depths: list[int], model: MoR, data: PreparedData) -> str:

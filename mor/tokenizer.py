@@ -27,7 +27,7 @@ class Tokenizer:
 
     Text never yields a special id: a literal `<|endoftext|>` is encoded as ordinary characters.
     `vocab_size` is the largest id plus one, added tokens counted. `special_ids` are the ids that
-    stand for no text.
+    stand for no text, `token_ids` the id of every token.
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, *, eos_token: str | int | None = None) -> None:
@@ -48,6 +48,7 @@ class Tokenizer:
         raw.encode_special_tokens = True
         tokens = raw.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id in tokens if tokens[token_id].special)
+        self.token_ids = raw.get_vocab(with_added_tokens=True)
         self._raw = raw
         self._is_byte_level = isinstance(raw.decoder, decoders.ByteLevel)
         if self.eos_token_id in self.encode(self.eos_token):

@@ -4,114 +4,107 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.style import Style
 
-from mor.checkpoint import load_model
+from mor.engine.config import Backend, EngineConfig
+from mor.engine.engine import Engine
+from mor.engine.outputs import StepOutput
+from mor.engine.params import SamplingParams
 from mor.log import logger
-from mor.model.cost import generation_flops
-from mor.model.generate import Prefill, SamplingParams, generate
-from mor.ops.device import pick_device
-from mor.tokenizer import StreamDecoder, Tokenizer
+from mor.model.cost import kv_bytes
+from mor.ops.device import pick_device, pick_dtype
 
 DEPTH_COLOURS = ("grey62", "cyan", "yellow", "magenta", "red", "green")
 
 
+def open_engine(
+    folder: Path, *, device: str, dtype: str, backend: Backend, max_num_seqs: int = 1
+) -> Engine:
+    """Open a model folder for a command; ValueError in one line for what cannot be."""
+    where = pick_device(device)
+    config = EngineConfig(max_num_seqs=max_num_seqs, backend=backend)
+    return Engine.load(folder, config, dtype=pick_dtype(dtype, where), device=where)
+
+
 def write_text(
-    folder: Path,
-    prompt: str,
-    *,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    ignore_eos: bool,
-    show_depth: bool,
-    device: str,
-    dtype: str,
-    quiet: bool,
+    engine: Engine, prompt: str, params: SamplingParams, *, show_depth: bool, quiet: bool
 ) -> dict[str, Any]:
     """Generate from a prompt; streams to stdout unless quiet, and returns what was written.
 
-    The result holds text, tokens, depths (of new tokens), prompt_depths, mean_depth (of all),
-    flops_saved (share, against every token at full depth), kv_bytes and tokens_per_s.
+    The result holds text, tokens, depths (of new tokens; the last one is never run and has none,
+    unless the document's end came after it), prompt_depths, mean_depth (of all), flops_saved
+    (share, against every token at full depth), prompt_kv_bytes, tokens_per_s and, where asked for,
+    logprobs.
     """
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; give a number of at most 63 bits")
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-    model = load_model(folder, dtype=getattr(torch, dtype), device=pick_device(device))
-    config = model.config
-    tokenizer = Tokenizer.load(folder, eos_token=config.eos_token_id)
+    config, tokenizer = engine.model.config, engine.tokenizer
+    assert tokenizer is not None
     first = [] if config.bos_token_id is None else [config.bos_token_id]
     ids = [*first, *tokenizer.encode(prompt)]
-    printer = _Printer(show_depth, quiet, config.num_recursions)
-    decoder = StreamDecoder(tokenizer)
-    tokens: list[int] = []
-    depths: list[int] = []
-    prompt_depths: list[int] = []
-    kv_bytes, text, start_s = 0, "", time.perf_counter()
-    for event in generate(
-        model, [ids], params, eos_token_id=None if ignore_eos else config.eos_token_id
-    ):
-        if isinstance(event, Prefill):
-            prompt_depths, kv_bytes = event.prompt_depths[0], event.kv_bytes
-            pieces = ["" for _ in first] + tokenizer.pieces(ids[len(first) :])
-            for piece, depth in zip(pieces, prompt_depths, strict=True):
-                printer.put(piece, depth, is_prompt=True)
-            start_s = time.perf_counter()
-            continue
-        tokens.append(event.token)
-        depths.append(event.depth)
-        piece = decoder.push(event.token)
-        text += piece
-        printer.put(piece, event.depth)
-    seconds = time.perf_counter() - start_s
-    rest = decoder.flush()
-    text += rest
-    printer.put(rest, depths[-1] if depths else 1)
-    printer.end()
-
-    all_depths = prompt_depths + depths
-    heads = len(tokens) + 1  # a prompt needs the logits of its last token only
-    spent = generation_flops(config, all_depths, head_tokens=heads)
-    full_depths = [config.num_recursions] * len(all_depths)
-    full = generation_flops(config, full_depths, head_tokens=heads)
-    result = {
+    request_id = engine.add(ids, params)
+    printer = Printer(show_depth, quiet, config.num_recursions)
+    printer.expect(["" for _ in first] + tokenizer.pieces(ids[len(first) :]))
+    first_s = 0.0
+    try:
+        while not engine.is_done(request_id):
+            for piece in engine.step():
+                first_s = first_s or (time.perf_counter() if piece.token_ids else 0.0)
+                printer.take(piece)
+        seconds = time.perf_counter() - first_s
+        output = engine.result(request_id)
+    finally:
+        engine.forget(request_id)
+        printer.end()
+    answer = output.outputs[0]
+    if answer.error is not None:
+        raise ValueError(answer.error)
+    is_ended = answer.finish_reason == "stop" and answer.stop_reason is None
+    tokens = answer.token_ids[:-1] if is_ended else answer.token_ids
+    result: dict[str, Any] = {
         "prompt": prompt,
-        "text": text,
+        "text": answer.text,
         "tokens": tokens,
-        "depths": depths,
-        "prompt_depths": prompt_depths,
-        "mean_depth": sum(all_depths) / len(all_depths),
-        "flops_saved": 1 - spent / full,
-        "prompt_kv_bytes": kv_bytes,
-        "tokens_per_s": len(tokens) / seconds if tokens else 0.0,
+        "depths": answer.depths,
+        "prompt_depths": output.prompt_depths,
+        "mean_depth": output.mean_depth,
+        "flops_saved": output.flops_saved,
+        "prompt_kv_bytes": kv_bytes(
+            config,
+            output.prompt_depths,
+            element_bytes=engine.kv_dtype.itemsize,
+        ),
+        "tokens_per_s": (len(answer.token_ids) - 1) / seconds if len(tokens) > 1 else 0.0,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
     }
+    if answer.logprobs is not None:
+        result["logprobs"] = [told._asdict() for told in answer.logprobs]
+    if answer.finish_reason == "length" and len(ids) + len(tokens) == engine.max_model_len:
+        logger.info("the context of %d tokens is full", engine.max_model_len)
     logger.info(
         "%d tokens, %.1f per second, mean depth %.2f of %d, %.0f%% of the FLOPs saved",
         len(tokens),
         result["tokens_per_s"],
-        result["mean_depth"],
+        output.mean_depth,
         config.num_recursions,
-        100 * result["flops_saved"],
+        100 * output.flops_saved,
     )
     return result
 
 
-class _Printer:
-    """Streams pieces of text to stdout, coloured by depth on request."""
+class Printer:
+    """Streams text to stdout, coloured by depth on request: then each piece waits for its depth."""
 
     def __init__(self, show_depth: bool, quiet: bool, num_recursions: int) -> None:
         self.show_depth = show_depth
         self.quiet = quiet
         self.console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+        self.waiting: deque[tuple[str, bool]] = deque()
+        """pieces of text whose depth is not known yet, and whether the prompt has them"""
         if show_depth and not quiet:
             colours = ", ".join(f"{r} {self._colour(r)}" for r in range(1, num_recursions + 1))
             logger.info("depth: %s", colours)
@@ -122,16 +115,41 @@ class _Printer:
     def _colour(depth: int) -> str:
         return DEPTH_COLOURS[min(max(depth, 1), len(DEPTH_COLOURS)) - 1]
 
-    def put(self, piece: str, depth: int, *, is_prompt: bool = False) -> None:
+    def expect(self, pieces: list[str]) -> None:
+        """Take the pieces of a prompt; they are shown at once, or with their depths."""
+        if self.show_depth:
+            self.waiting.extend((piece, True) for piece in pieces)
+        else:
+            self._show("".join(pieces), None)
+
+    def skip(self, count: int) -> None:
+        """Let the depths of so many tokens of a prompt pass without text."""
+        self.waiting.extend([("", True)] * count)
+
+    def take(self, output: StepOutput) -> None:
+        """Show what a tick brought."""
+        if not self.show_depth:
+            self._show(output.text, None)
+            return
+        for depth in output.depths:
+            if self.waiting:
+                piece, is_prompt = self.waiting.popleft()
+                self._show(piece, Style(color=self._colour(depth), underline=is_prompt))
+        if output.token_ids:
+            self.waiting.append((output.text, False))
+
+    def end(self) -> None:
+        """Show what is left, the last token without a depth, and end the line."""
+        while self.waiting:
+            self._show(self.waiting.popleft()[0], None)
+        if not self.quiet:
+            print(flush=True)
+
+    def _show(self, piece: str, style: Style | None) -> None:
         if self.quiet or not piece:
             return
-        if self.show_depth:
-            style = Style(color=self._colour(depth), underline=is_prompt)
+        if style is not None:
             self.console.print(piece, end="", style=style)
         else:
             sys.stdout.write(piece)
             sys.stdout.flush()
-
-    def end(self) -> None:
-        if not self.quiet:
-            print(flush=True)

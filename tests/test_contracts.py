@@ -10,7 +10,7 @@ import pytest
 import torch
 from support_model import KINDS, OPTIONS, ROUTED, THRESHOLDED, random_ids, small_model
 
-from mor.model.generate import GeneratedToken, Prefill, SamplingParams, generate
+from mor.model.generate import GeneratedToken, Prefill, generate
 
 T = 24
 ALL = [*KINDS, *OPTIONS]
@@ -167,7 +167,7 @@ def test_cache_holds_active_tokens_only(router, gating, kv_strategy):
 def test_greedy_generation_equals_argmax_over_the_whole_sequence(router, gating):
     model = routed_model(router, gating)
     prompts = [random_ids(n, seed=n).tolist() for n in (1, 6, 11)]
-    events = list(generate(model, prompts, SamplingParams(max_tokens=9)))
+    events = list(generate(model, prompts, max_tokens=9))
     assert isinstance(events[0], Prefill)
     for index, prompt in enumerate(prompts):
         made = [e for e in events if isinstance(e, GeneratedToken) and e.sequence == index]
@@ -178,31 +178,18 @@ def test_greedy_generation_equals_argmax_over_the_whole_sequence(router, gating)
         assert events[0].prompt_depths[index] == out.depth[0, : len(prompt)].tolist()
 
 
-def test_a_sampled_sequence_does_not_depend_on_its_batch():
-    model = routed_model("expert_choice", "weighted")
-    prompts = [random_ids(n, seed=n).tolist() for n in (4, 8)]
-    params = SamplingParams(max_tokens=12, temperature=1.0, top_k=20, top_p=0.9, seed=3)
-
-    def tokens(batch, sequence):
-        events = generate(model, batch, params)
-        return [e.token for e in events if isinstance(e, GeneratedToken) and e.sequence == sequence]
-
-    assert tokens(prompts, 0) == tokens(prompts[:1], 0)
-    assert tokens(prompts, 0) != tokens(prompts, 1)
-
-
 def test_a_sequence_that_ended_costs_nothing(monkeypatch):
     """An ended sequence takes part in later steps with no rows."""
     model = routed_model("fixed", "none")
     prompts = [random_ids(n, seed=n).tolist() for n in (4, 8)]
-    events = generate(model, prompts, SamplingParams(max_tokens=12))
+    events = generate(model, prompts, max_tokens=12)
     free = [event for event in events if isinstance(event, GeneratedToken)]
     of_first = [e.token for e in free if e.sequence == 0]
     of_second = [e.token for e in free if e.sequence == 1]
     eos = next(t for t in of_first if t not in of_second)
     ended = [
         e
-        for e in generate(model, prompts, SamplingParams(max_tokens=12), eos_token_id=eos)
+        for e in generate(model, prompts, max_tokens=12, eos_token_id=eos)
         if isinstance(e, GeneratedToken)
     ]
     assert [e.token for e in ended if e.sequence == 0] == list(

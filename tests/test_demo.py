@@ -9,7 +9,8 @@ from support_model import random_ids, small_model
 
 from mor.demo import MEMBERS, check_depths, verify_decode
 from mor.demo_page import smooth, verdict
-from mor.model.generate import SamplingParams
+from mor.engine.engine import Engine
+from mor.engine.params import SamplingParams
 
 
 def row(name, **fields):
@@ -59,19 +60,12 @@ def test_wrong_depths_fail_the_demo_and_name_the_cause(fields, cause):
 
 
 def test_decoding_is_verified_before_it_is_timed(monkeypatch):
-    model = small_model()
-    prompt = random_ids(8).tolist()
-    verify_decode("mor", model, prompt, SamplingParams(max_tokens=6))
-    forward = type(model).forward
-
-    def broken(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        assert out.logits is not None
-        return out if "cache" in kwargs else out._replace(logits=-out.logits)
-
-    monkeypatch.setattr(type(model), "forward", broken)
+    prompt, params = random_ids(8).tolist(), SamplingParams(max_tokens=6, temperature=0)
+    engine = Engine(small_model())
+    verify_decode("mor", engine, prompt, params)
+    monkeypatch.setattr(engine.sampler, "_argmax", lambda logit_NV: logit_NV.argmin(1))
     with pytest.raises(RuntimeError, match="disagree"):
-        verify_decode("mor", model, prompt, SamplingParams(max_tokens=6))
+        verify_decode("mor", engine, prompt, params)
 
 
 def test_running_mean_is_unbiased_at_the_start():

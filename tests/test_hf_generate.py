@@ -20,7 +20,7 @@ from support_hf import (
 )
 
 from mor.checkpoint import load_model
-from mor.model.generate import GeneratedToken, SamplingParams, generate
+from mor.model.generate import GeneratedToken, generate
 from mor.tokenizer import Tokenizer
 
 pytest.importorskip("transformers", minversion="5.0")
@@ -51,7 +51,7 @@ def ours(folder: Path, prompts: list[torch.Tensor], count: int) -> list[list[int
     events = generate(
         load_model(folder, dtype=F64),
         [prompt.tolist() for prompt in prompts],
-        SamplingParams(max_tokens=count),
+        max_tokens=count,
     )
     made = [event for event in events if isinstance(event, GeneratedToken)]
     return [[e.token for e in made if e.sequence == b] for b in range(len(prompts))]

@@ -18,8 +18,10 @@ from mor.cli import main
 from mor.config import ModelConfig
 from mor.data.config import PrepareConfig
 from mor.data.prepare import prepare
+from mor.engine.engine import Engine
+from mor.engine.outputs import StepOutput
+from mor.engine.params import SamplingParams
 from mor.model.cost import forward_flops
-from mor.model.generate import GeneratedToken, Prefill
 from mor.tokenizer import Tokenizer
 
 Capsys = pytest.CaptureFixture[str]
@@ -37,7 +39,8 @@ def test_the_json_object_adds_up(tiny_run: Path, capsys: Capsys) -> None:
     result = generate_json(tiny_run / "model", capsys, "--prompt", "the cat sees", "--ignore-eos")
     assert {"text", "tokens", "depths", "mean_depth", "flops_saved"} <= result.keys()
     tokenizer = Tokenizer.load(tiny_run / "model")
-    assert len(result["tokens"]) == len(result["depths"]) == 8
+    assert len(result["tokens"]) == 8
+    assert len(result["depths"]) == 7, "the last token is never run"
     assert result["text"] == tokenizer.decode(result["tokens"])
     assert len(result["prompt_depths"]) == 1 + len(tokenizer.encode("the cat sees"))
     depths = result["prompt_depths"] + result["depths"]
@@ -60,7 +63,7 @@ def test_saved_flops_are_those_counted_by_hand(tiny_run: Path, capsys: Capsys) -
             pairs=sum(range(1, count + 1)),
             active_tokens=[sum(a) for a in active],
             active_pairs=pairs,
-            head_tokens=len(result["tokens"]) + 1,
+            head_tokens=len(result["tokens"]),
         )
 
     assert result["flops_saved"] == pytest.approx(1 - flops(depths) / flops([3] * len(depths)))
@@ -72,20 +75,9 @@ def test_a_token_at_full_depth_saves_nothing(tmp_path: Path, tiny_run: Path) -> 
     for r in (1, 2):
         model.model.router(r).threshold.fill_(-1.0)
     save_model(model, tmp_path / "deep", tokenizer=Tokenizer.load(tiny_run / "model"))
-    result = write.write_text(
-        tmp_path / "deep",
-        "",
-        max_tokens=4,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        seed=0,
-        ignore_eos=True,
-        show_depth=False,
-        device="cpu",
-        dtype="float32",
-        quiet=True,
-    )
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    engine = Engine.load(tmp_path / "deep")
+    result = write.write_text(engine, "", params, show_depth=False, quiet=True)
     assert result["mean_depth"] == 3.0
     assert result["flops_saved"] == 0.0
     assert result["prompt_depths"] == [3]  # an empty prompt begins a document
@@ -99,7 +91,7 @@ def test_greedy_is_the_argmax_under_teacher_forcing(tiny_run: Path, capsys: Caps
     out = model(torch.tensor([ids]), rule="causal", implementation="reference")
     assert out.logits is not None
     assert out.logits[0, -9:-1].argmax(-1).tolist() == result["tokens"]
-    assert out.depth[0].tolist() == result["prompt_depths"] + result["depths"]
+    assert out.depth[0].tolist()[:-1] == result["prompt_depths"] + result["depths"]
 
 
 def test_a_seed_repeats_and_another_does_not(tiny_run: Path, capsys: Capsys) -> None:
@@ -160,9 +152,12 @@ def test_depth_is_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    printer = write._Printer(True, False, 3)
-    printer.put("one", 1)
-    printer.put(" two", 2)
+    printer = write.Printer(True, False, 3)
+    printer.take(StepOutput("a", 0, [5], "one"))
+    assert "one" not in out.getvalue(), "its depth is not known yet"
+    printer.take(StepOutput("a", 0, [6], " two", [1]))
+    printer.take(StepOutput("a", 0, [7], " end", [2]))
+    printer.end()
     text = out.getvalue()
     assert "\x1b[" in text
     first, second = text.index("one"), text.index(" two")
@@ -172,30 +167,14 @@ def test_depth_is_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_characters_of_several_tokens_are_written_whole(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = Tokenizer.load(tiny_run / "model")
-    ids = tokenizer.encode("né€")
+    engine = Engine.load(tiny_run / "model")
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode("né€")
     assert len(ids) > 3
-
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        yield Prefill([[1]], 0)
-        for token in ids:
-            yield GeneratedToken(0, token, 2)
-
-    monkeypatch.setattr(write, "generate", fake)
-    result = write.write_text(
-        tiny_run / "model",
-        "",
-        max_tokens=9,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        seed=0,
-        ignore_eos=False,
-        show_depth=False,
-        device="cpu",
-        dtype="float32",
-        quiet=True,
-    )
+    left = list(ids)
+    monkeypatch.setattr(engine.sampler, "_argmax", lambda logits: torch.tensor([left.pop(0)]))
+    params = SamplingParams(max_tokens=len(ids), temperature=0.0)
+    result = write.write_text(engine, "", params, show_depth=False, quiet=True)
     assert result["text"] == "né€"
 
 

@@ -75,38 +75,55 @@ class Engine:
             raise ValueError(
                 "kv_strategy hybrid is not served by the engine; use per_recursion or shared"
             )
-        layout = Layout.of(model.config, config.block_size)
+        self.layout = Layout.of(model.config, config.block_size)
         weight = model.model.embed_tokens.weight
-        page_bytes = layout.page_elements * weight.element_size()
-        num_pages = self._num_pages(layout, page_bytes)
-        self.page_bytes = page_bytes
-        self.blocks = BlockManager(layout, num_pages, config.max_num_seqs, self.max_model_len)
-        self.prefix = None
-        if config.enable_prefix_caching:
-            self.prefix = PrefixCache(self.blocks, config.block_size)
-            self.blocks.evict = self.prefix.evict
+        self.page_bytes = self.layout.page_elements * weight.element_size()
+        num_pages = self._num_pages(self.layout, self.page_bytes)
         pool = torch.empty(
-            num_pages, layout.page_elements, dtype=weight.dtype, device=weight.device
+            num_pages, self.layout.page_elements, dtype=weight.dtype, device=weight.device
         )
-        num_rows = config.max_num_seqs + 2 * config.max_num_batched_tokens
-        self.groups = build_groups(model, pool, layout, config, max_model_len=self.max_model_len)
-        self.runner = build_runner(model, self.groups, self.blocks, num_rows=num_rows)
-        self.scheduler = Scheduler(
-            config,
-            self.blocks,
-            self.prefix,
-            num_recursions=model.config.num_recursions,
-            num_rows=num_rows,
-            coda_period=self._coda_period,
+        self.groups = build_groups(
+            model, pool, self.layout, config, max_model_len=self.max_model_len
         )
         self.sampler = Sampler(argmax=self.groups.argmax)
-        self.thresholds = self.runner.router.thresholds()
         self.requests: dict[str, list[Request]] = {}
         self.callbacks: dict[str, OnOutput] = {}
         self._ids = itertools.count()
         self._costs: Costs | None = None
         self._periods: dict[int, tuple[int, int]] = {}
         """by requests in flight: the coda's period, and the tick to choose it anew"""
+        self._build_state(num_pages)
+        self.thresholds = self.runner.router.thresholds()
+
+    def _build_state(self, num_pages: int) -> None:
+        """Make everything that a tick changes, the pool apart: nobody reads what it held."""
+        config = self.config
+        self.blocks = BlockManager(self.layout, num_pages, config.max_num_seqs, self.max_model_len)
+        self.prefix = None
+        if config.enable_prefix_caching:
+            self.prefix = PrefixCache(self.blocks, config.block_size)
+            self.blocks.evict = self.prefix.evict
+        num_rows = config.max_num_seqs + 2 * config.max_num_batched_tokens
+        self.runner = build_runner(self.model, self.groups, self.blocks, num_rows=num_rows)
+        self.scheduler = Scheduler(
+            config,
+            self.blocks,
+            self.prefix,
+            num_recursions=self.model.config.num_recursions,
+            num_rows=num_rows,
+            coda_period=self._coda_period,
+        )
+
+    def reset(self, reason: str = "the engine was reset") -> None:
+        """End every request with an error and start from nothing, after a step that raised.
+
+        Weights stay. The prefix cache is empty afterwards.
+        """
+        for answers in self.requests.values():
+            for answer in answers:
+                if answer.finish_reason is None:
+                    answer.finish_reason, answer.error, answer.slot = "error", reason, -1
+        self._build_state(self.blocks.num_pages)
 
     @classmethod
     def load(
@@ -232,7 +249,7 @@ class Engine:
         room = self.max_model_len - len(ids)
         new = room if params.max_tokens is None else min(params.max_tokens, room)
         depth = params.max_recursions or self.model.config.num_recursions
-        pages = self.blocks.layout.worst_pages(len(ids) + new, depth)
+        pages = self.layout.worst_pages(len(ids) + new, depth)
         if pages > self.blocks.num_pages:
             raise ValueError(
                 f"{len(ids)} prompt tokens and {new} new ones may need {pages} pages of keys and "
@@ -414,9 +431,14 @@ class Engine:
         return period
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """Type of keys and values: the weights'."""
+        return self.model.model.embed_tokens.weight.dtype
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that running requests hold, page rounding left out."""
-        layout = self.blocks.layout
+        layout = self.layout
         own, block = self.blocks.tokens_stored
         a_layer = self.page_bytes // (layout.block_layers * layout.block_page_tokens)
         return a_layer * (own * layout.own_layers + block * layout.block_layers)

@@ -234,6 +234,13 @@ def kv_bytes_per_token(
     return a_layer * (config.num_own_layers + config.num_block_layers * kept)
 
 
+def kv_bytes(config: ModelConfig, depths: Sequence[int], *, element_bytes: int = 2) -> int:
+    """Bytes of keys and values that tokens of these depths leave behind."""
+    a_layer = 2 * config.num_key_value_heads * config.head_dim * element_bytes
+    kept = len(depths) if config.kv_strategy == "shared" else sum(depths)
+    return a_layer * (config.num_own_layers * len(depths) + config.num_block_layers * kept)
+
+
 def weight_bytes_per_step(
     config: ModelConfig, *, element_bytes: int = 2, active: Sequence[float] | None = None
 ) -> float:

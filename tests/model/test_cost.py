@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mor.bench.memory import saved_bytes
 from mor.config import ModelConfig
 from mor.model import cost
-from mor.model.generate import Prefill, SamplingParams, generate
+from mor.model.generate import Prefill, generate
 from mor.model.mor import MoR
 
 
@@ -151,7 +151,7 @@ def test_decode_flops_and_kv_bytes_of_the_twin_are_larger():
 def test_kv_bytes_are_those_of_the_cache(kv_strategy):
     model = small_model(kv_strategy=kv_strategy).float()
     prompt = random_ids(30).tolist()
-    prefill = next(iter(generate(model, [prompt], SamplingParams(max_tokens=1))))
+    prefill = next(iter(generate(model, [prompt], max_tokens=1)))
     assert isinstance(prefill, Prefill)
     depths = prefill.prompt_depths[0]
     active = [sum(1 for d in depths if d > r) / 30 for r in range(3)]
