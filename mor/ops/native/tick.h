@@ -215,11 +215,11 @@ class Tick {
   // Say whether a row takes a recursion, and note the gate that it would have there.
   bool decide(long n, long row, long recursion) {
     if (!s_.router) return true;
-    const float score = sigmoid(logit(n, recursion));
-    s_.gate[row] = s_.gate_factor * score;
+    const float asked = logit(n, recursion);
+    s_.gate[row] = s_.gate_factor * sigmoid(asked);
     if (s_.is_replayed[row]) return true;
     if (s_.deciding == kRandom) return draw(row, recursion) < s_.share[recursion];
-    return double(score) > s_.threshold[row_slot_[n] * s_.recursions + recursion];
+    return double(asked) > s_.threshold[row_slot_[n] * s_.recursions + recursion];
   }
 
   // mor.ops.select.hash_uniform, in wrapping arithmetic.
