@@ -170,32 +170,34 @@ static inline void pack_values(const float* const* at, int64_t offset, long keys
 
 static inline void pack_values(const bf16* const* at, int64_t offset, long keys, long size,
                                long panel_bytes, char* out) {
+#if defined(__AVX512BW__)
+  const __m512i low_places =
+      _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                       37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high_places = _mm512_add_epi16(low_places, _mm512_set1_epi16(16));
+#endif
   for (long key = 0; key < keys; key += 2, out += kStepBytes) {
+    const bool is_pair = key + 1 < keys;
     const bf16* one = at[key] + offset;
-    const bf16* other = key + 1 < keys ? at[key + 1] + offset : nullptr;
+    const bf16* other = at[key + is_pair] + offset;
     char* to = out;
     long first = 0;
 #if defined(__AVX512BW__)
-    const __m512i places = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9,
-                                            40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33,
-                                            1, 32, 0);
-    const __m512i second_half = _mm512_set1_epi16(16);
+    const __mmask32 pair = is_pair ? 0xffffffff : 0;
     for (; first + 2 * kPanel <= size; first += 2 * kPanel, to += 2 * panel_bytes) {
-      const __m512i low = _mm512_loadu_si512(one + first);
-      const __m512i high = other ? _mm512_loadu_si512(other + first) : _mm512_setzero_si512();
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, places, high));
-      _mm512_storeu_si512(to + panel_bytes,
-                          _mm512_permutex2var_epi16(
-                              low, _mm512_add_epi16(places, second_half), high));
+      const __m512i a = _mm512_loadu_si512(one + first);
+      const __m512i b = _mm512_maskz_loadu_epi16(pair, other + first);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low_places, b));
+      _mm512_storeu_si512(to + panel_bytes, _mm512_permutex2var_epi16(a, high_places, b));
     }
 #endif
     for (; first < size; first += kPanel, to += panel_bytes)
       for (long i = 0; i < kPanel; i++) {
         const bool is_real = first + i < size;
         const uint32_t low = is_real ? one[first + i].bits : 0;
-        const uint32_t high = is_real && other ? other[first + i].bits : 0;
-        const uint32_t pair = low | high << 16;
-        std::memcpy(to + i * 4, &pair, 4);
+        const uint32_t high = is_real && is_pair ? other[first + i].bits : 0;
+        const uint32_t both = low | high << 16;
+        std::memcpy(to + i * 4, &both, 4);
       }
   }
 }

@@ -74,13 +74,13 @@ class _Rows(ctypes.Structure):
         ("recursion_starts", c_void_p),
         ("pool", c_void_p),
         ("rows", c_int64),
-        ("kv_rows", c_int64),
-        ("full_rows", c_int64),
+        ("num_kv_rows", c_int64),
+        ("num_full_rows", c_int64),
         ("tables_stride", c_int64),
         ("page_stride", c_int64),
         ("layer_stride", c_int64),
         ("page_tokens", c_int64),
-        ("first_layer", c_int64),
+        ("first_kv_layer", c_int64),
     )
 
 
@@ -104,9 +104,9 @@ class NativeRows:
 
     position_N, recursion_N (from 0), table_N, count_N (keys it sees; 0 = nothing, attention gives
     0) int32; slot_N int64 (-1 = do not store); tables_TM int32; pool (pages, elements) in the
-    weights' dtype, of which a page of `page_tokens` holds (layers, 2, G, P, K); `first_layer` is
-    the page's layer that the group's first one uses. Rows from `kv_rows` on make no keys and
-    values; the last layer only makes keys and values for rows from `full_rows` on.
+    weights' dtype, of which a page of `page_tokens` holds (layers, 2, G, P, K); `first_kv_layer` is
+    the page's layer that the group's first one uses. Rows from `num_kv_rows` on make no keys and
+    values; the last layer only makes keys and values for rows from `num_full_rows` on.
     `recursion_starts` (R + 1) int32 says where each recursion's rows begin; only low-rank additions
     need it, and rows then come in order of recursion.
     """
@@ -122,9 +122,9 @@ class NativeRows:
         tables_TM: Tensor,
         pool: Tensor,
         page_tokens: int,
-        first_layer: int = 0,
-        kv_rows: int | None = None,
-        full_rows: int | None = None,
+        first_kv_layer: int = 0,
+        num_kv_rows: int | None = None,
+        num_full_rows: int | None = None,
         recursion_starts: Tensor | None = None,
     ) -> None:
         rows = len(position_N)
@@ -146,13 +146,13 @@ class NativeRows:
             None if recursion_starts is None else recursion_starts.data_ptr(),
             pool.data_ptr(),
             rows,
-            rows if kv_rows is None else kv_rows,
-            rows if full_rows is None else full_rows,
+            rows if num_kv_rows is None else num_kv_rows,
+            rows if num_full_rows is None else num_full_rows,
             tables_TM.stride(0),
             pool.stride(0),
             0,
             page_tokens,
-            first_layer,
+            first_kv_layer,
         )
 
 
