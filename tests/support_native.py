@@ -83,7 +83,10 @@ class Case:
         """Return the same from torch, in float64, one row's attention after another."""
         fields = {**self.fields, **changes}
         rows = len(self.x_ND)
-        num_kv_rows, num_full_rows = fields.get("num_kv_rows", rows), fields.get("num_full_rows", rows)
+        num_kv_rows, num_full_rows = (
+            fields.get("num_kv_rows", rows),
+            fields.get("num_full_rows", rows),
+        )
         recursion_N, slot_N = fields["recursion_N"], fields["slot_N"]
         tokens = fields["page_tokens"]
         pool = self.pool.double()

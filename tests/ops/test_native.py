@@ -40,7 +40,9 @@ def test_linear_matches_torch_for_any_sizes(lib, dtype, rows, outputs, inputs):
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(dtype)
     expected = F.linear(x.to(dtype).double(), weight.double())
     packed = lib.pack_weight(weight)
-    assert_near(lib.linear(x, packed), expected, torch.float32)
+    out = torch.empty(rows, outputs)
+    assert lib.linear(x, packed, out=out) is out
+    assert_near(out, expected, torch.float32)
     assert_near(lib.linear(x.to(dtype), packed, dtype=dtype), expected, dtype)
 
 

@@ -69,7 +69,6 @@ struct AttentionPlan {
   std::vector<Unit> units;
   std::vector<std::atomic<int>> missing;  // chunks of (tile, head) that are not done yet
   long partials = 0;
-  std::atomic<long> next{0};
 
   void make(const Tables& tables, long rows, const Heads& heads) {
     tiles.clear();
@@ -97,7 +96,6 @@ struct AttentionPlan {
     missing = std::vector<std::atomic<int>>(tiles.size() * heads.keys);
     for (size_t i = 0; i < missing.size(); i++)
       missing[i].store(int(tiles[i / heads.keys].chunks), std::memory_order_relaxed);
-    next.store(0, std::memory_order_relaxed);
   }
 };
 
@@ -435,13 +433,12 @@ static void merge_chunks(const Heads& heads, const Tile& tile, int head, const Q
   }
 }
 
-// Phase: units go to whichever thread is free; each takes its next one early, to fetch for it.
+// Phase: all units of a plan.
 template <class E>
-static void attend(AttentionPlan& plan, const Heads& heads, const Pages<E>& pages,
-                   const Tables& tables, const Queries<E>& io,
+static void attend(const Team& team, AttentionPlan& plan, const Heads& heads,
+                   const Pages<E>& pages, const Tables& tables, const Queries<E>& io,
                    const AttentionScratch<E>& scratch, const Partials& partials) {
   const long count = long(plan.units.size());
-  auto take = [&] { return plan.next.fetch_add(1, std::memory_order_relaxed); };
   auto locate_first = [&](long u, Block<E>& block) {
     block.count = 0;
     if (u >= count) return;
@@ -451,18 +448,18 @@ static void attend(AttentionPlan& plan, const Heads& heads, const Pages<E>& page
                  tile.keys, heads.size);
   };
   Block<E> blocks[2];
-  long u = take();
-  locate_first(u, blocks[0]);
-  for (long following; u < count; u = following) {
-    following = take();
+  bool is_first = true;
+  team.take_jobs(count, [&](long u, long following) {
+    if (is_first) locate_first(u, blocks[0]);
+    is_first = false;
     const Unit& unit = plan.units[u];
     const Tile& tile = plan.tiles[unit.tile];
     attend_unit(heads, tile, unit, pages, tables, io, scratch, partials, blocks,
                 [&](Block<E>& block) { locate_first(following, block); });
-    if (tile.chunks == 1) continue;
+    if (tile.chunks == 1) return;
     std::atomic<int>& missing = plan.missing[unit.tile * heads.keys + unit.head];
-    if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+    if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     missing.store(int(tile.chunks), std::memory_order_relaxed);
     merge_chunks(heads, tile, unit.head, io, scratch, partials);
-  }
+  });
 }

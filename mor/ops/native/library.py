@@ -1,9 +1,10 @@
 """CPU kernels for decoding with small Llama layers, called through ctypes.
 
 `load()` compiles them or says in one log line why it cannot; then the caller takes torch's path.
-Weights, keys and values are bf16 or fp32; the residual stream and logits are always fp32. A row's
-result depends neither on the rows beside it nor on the number of threads, except that a later row
-of the same table in one call counts as a neighbour once its values are not finite.
+Weights, keys and values are bf16 or fp32; the residual stream and logits are always fp32. A row has
+the same bits whatever the rows beside it and the number of threads. (One exception: where a later
+row of the same table stores values that are not finite, earlier rows of that call may get NaN.)
+Wrong shapes are bugs of ours: they are asserted.
 
 Shapes: N rows, D width, H query heads, G key heads, K head size, V vocabulary, T block tables,
 M pages of a table, P tokens of a page, R recursions, L layers of a group.
@@ -306,13 +307,24 @@ class Library:
         return LayerGroup(layers, **kwargs)
 
     def linear(
-        self, x: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.float32
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        *,
+        out: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return x W^T, summed in fp32; x (N, inputs), fp32 or bf16, is rounded to W's dtype."""
+        """Return x W^T, summed in fp32; x (N, inputs), fp32 or bf16, is rounded to W's dtype.
+
+        out: where the result goes, (N, outputs) fp32 or, of bf16 weights, bf16; else a new tensor
+        of `dtype`.
+        """
         assert x.dim() == 2 and x.shape[1] == weight.inputs and x.is_contiguous()
-        out = torch.empty(len(x), weight.outputs, dtype=dtype)
+        if out is None:
+            out = torch.empty(len(x), weight.outputs, dtype=dtype)
         is_bf16 = weight.dtype == torch.bfloat16
-        assert is_bf16 or dtype == torch.float32
+        assert is_bf16 or out.dtype == x.dtype == torch.float32
+        assert out.shape == (len(x), weight.outputs) and out.is_contiguous()
         _check_memory(
             self._c.mor_linear(
                 ctypes.byref(weight.struct),
@@ -322,7 +334,7 @@ class Library:
                 weight.inputs,
                 len(x),
                 out.data_ptr(),
-                _is_float(dtype),
+                _is_float(out.dtype),
                 weight.outputs,
                 torch.get_num_threads(),
             )
