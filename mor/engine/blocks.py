@@ -139,6 +139,10 @@ class BlockManager:
         """Give back the places of tokens that left before first_table, and pages left empty."""
         deeper = np.arange(self.layout.num_tables) >= first_table[:, None]
         np.subtract.at(self.reserved, slots, tokens[:, None] * self.serves[slots] * deeper)
+        self.trim(slots)
+
+    def trim(self, slots: Ints) -> None:
+        """Give back pages without a token or a reserved place."""
         needed = -(-(self.count[slots] + self.reserved[slots]) // self.page_tokens)
         for row in np.flatnonzero((needed < self.held[slots]).any(1)):
             slot = int(slots[row])

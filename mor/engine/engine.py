@@ -328,6 +328,8 @@ class Engine:
             if request.stops.finish_reason is not None:
                 request.stop_reason = request.stops.stop_reason
                 self._finish(request, request.stops.finish_reason, piece)
+            else:
+                self.scheduler.draw(request)
 
     def _note_prompt_logprobs(self, flight: Flight, finished: Finished, part: slice) -> None:
         """Note log-probabilities of the prompt tokens that follow a chunk's tokens."""

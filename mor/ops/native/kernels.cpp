@@ -171,8 +171,8 @@ int mor_enter(const State* state, const Flights* flights, const Group* prelude, 
 }
 
 int mor_recursion(const State* state, const Flights* flights, const Group* block, int threads,
-                  uint8_t* goes_on) {
-  return Tick(*state, *flights, threads).recursion(*block, workspace, goes_on);
+                  uint8_t* goes_on, uint8_t* has_spare) {
+  return Tick(*state, *flights, threads).recursion(*block, workspace, goes_on, has_spare);
 }
 
 int mor_leave(const State* state, const Flights* flights, const Group* coda, int threads,
