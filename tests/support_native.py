@@ -83,14 +83,17 @@ class Case:
         """Return the same from torch, in float64, one row's attention after another."""
         fields = {**self.fields, **changes}
         rows = len(self.x_ND)
-        kv_rows, full_rows = fields.get("kv_rows", rows), fields.get("full_rows", rows)
+        num_kv_rows, num_full_rows = (
+            fields.get("num_kv_rows", rows),
+            fields.get("num_full_rows", rows),
+        )
         recursion_N, slot_N = fields["recursion_N"], fields["slot_N"]
         tokens = fields["page_tokens"]
         pool = self.pool.double()
         pages = pool.view(self.pages.shape)
         x_ND = self.x_ND.double()
         rotary = rotary_angles(fields["position_N"], self.config, dtype=torch.float64)
-        stored = torch.arange(rows)[(torch.arange(rows) < kv_rows) & (slot_N >= 0)]
+        stored = torch.arange(rows)[(torch.arange(rows) < num_kv_rows) & (slot_N >= 0)]
         page_S, offset_S = slot_N[stored] // tokens, slot_N[stored] % tokens
         for number, packed in enumerate(self.layers):
             layer = Layer(self.config, is_shared=True).double()
@@ -101,7 +104,7 @@ class Case:
             parts = [layer.before(x_ND[a], rotary.take(a), r, True) for r, a in of_recursion]
             order = torch.cat([a for _, a in of_recursion]).argsort()
             q_NHK, k_NGK, v_NGK = (torch.cat(one)[order] for one in zip(*parts, strict=True))
-            place = pages[:, fields["first_layer"] + number]
+            place = pages[:, fields["first_kv_layer"] + number]
             place[page_S, 0, :, offset_S] = k_NGK[stored]
             place[page_S, 1, :, offset_S] = v_NGK[stored]
             out_NHK = torch.zeros_like(q_NHK)
@@ -111,7 +114,7 @@ class Case:
                 if count:
                     k, v = place[page, 0, :, offset], place[page, 1, :, offset]
                     out_NHK[n] = attend(q_NHK[n], k, v)
-            wanted = full_rows if number == len(self.layers) - 1 else rows
+            wanted = num_full_rows if number == len(self.layers) - 1 else rows
             for r, a in of_recursion:
                 a = a[a < wanted]
                 x_ND[a] = layer.after(x_ND[a], out_NHK[a], r)
@@ -124,7 +127,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     layers: int = 2,
     page_tokens: int = 5,
-    first_layer: int = 0,
+    first_kv_layer: int = 0,
     **fields: Any,
 ) -> Case:
     """Requests are (keys stored before, new rows, recursion), in order of recursion."""
@@ -151,7 +154,7 @@ def make_case(
     per_table = -(-longest // page_tokens)
     pages = torch.randperm(per_table * len(requests) + 1)
     tables_TM = pages[: per_table * len(requests)].view(len(requests), -1).int().contiguous()
-    page_layers = first_layer + layers + 1
+    page_layers = first_kv_layer + layers + 1
     per_layer = 2 * config.num_key_value_heads * page_tokens * config.head_dim
     pool = torch.full((len(pages), page_layers * per_layer), NAN, dtype=dtype)
     rows = [
@@ -176,7 +179,7 @@ def make_case(
             "slot_N": page_N * page_tokens + token_N.long() % page_tokens,
             "tables_TM": tables_TM,
             "page_tokens": page_tokens,
-            "first_layer": first_layer,
+            "first_kv_layer": first_kv_layer,
             "recursion_starts": starts.int() if config.lora_rank else None,
         },
     )

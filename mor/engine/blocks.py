@@ -139,7 +139,7 @@ class BlockManager:
         """Give back the places of tokens that left before first_table, and pages left empty."""
         deeper = np.arange(self.layout.num_tables) >= first_table[:, None]
         np.subtract.at(self.reserved, slots, tokens[:, None] * self.serves[slots] * deeper)
-        self._trim(slots)
+        self.trim(slots)
 
     def hold(self, slots: Ints, places: Ints) -> Ints | None:
         """Keep exactly so many places beyond the tokens stored, (requests, tables), all or none.
@@ -158,11 +158,11 @@ class BlockManager:
                 at = (slot, table, self.held[slot, table])
                 added.append(np.ravel_multi_index(at, self.tables.shape))
                 self._append(slot, table, self.take())
-        self._trim(slots)
+        self.trim(slots)
         return np.array(added, np.int64)
 
-    def _trim(self, slots: Ints) -> None:
-        """Give back pages of requests that are left empty."""
+    def trim(self, slots: Ints) -> None:
+        """Give back pages without a token or a reserved place."""
         needed = -(-(self.count[slots] + self.reserved[slots]) // self.page_tokens)
         for row in np.flatnonzero((needed < self.held[slots]).any(1)):
             slot = int(slots[row])

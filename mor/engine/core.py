@@ -22,7 +22,7 @@ class DepthPolicy(NamedTuple):
 
     max_recursions: int
     thresholds: tuple[float, ...]
-    """a token goes on at recursion r if its score exceeds thresholds[r]; unused by some routers"""
+    """a token goes on at recursion r if its logit exceeds thresholds[r]; unused by some routers"""
 
 
 @dataclass(slots=True, eq=False)

@@ -301,7 +301,8 @@ class Engine:
             if len(drawing) < len(logits):
                 logits = logits[[row for _, _, row in drawing]]
             sampled = self.sampler.sample(logits, [request.sample_row for request, _, _ in drawing])
-            self._note_tokens(drawing, sampled.token_N.tolist(), sampled.logprobs)
+            tokens = sampled.token_N.tolist()
+            self.scheduler.drawn += self._note_tokens(drawing, tokens, sampled.logprobs)
         self._tell_all(pieces)
         return pieces
 
@@ -311,16 +312,16 @@ class Engine:
         pieces: list[StepOutput] = []
         while captured.is_running and captured.num_unread > (captured.lag if goes_on else 0):
             done = captured.read()
-            if done:
-                self.scheduler.see_depths([depth for _, _, depth in done])
-                drawing = []
-                for place, (flight, _, depth) in enumerate(done):
-                    piece = _note_depths(flight, [depth])
-                    pieces.append(piece)
-                    drawing.append((flight.request, piece, place))
-                    self.scheduler.remember(flight.request)
-                self._note_tokens(drawing, [token for _, token, _ in done], {})
-            captured.go_on(done)
+            if not done:
+                continue
+            self.scheduler.see_depths([depth for _, _, depth in done])
+            drawing = []
+            for place, (flight, _, depth) in enumerate(done):
+                piece = _note_depths(flight, [depth])
+                pieces.append(piece)
+                drawing.append((flight.request, piece, place))
+                self.scheduler.remember(flight.request)
+            captured.go_on(self._note_tokens(drawing, [token for _, token, _ in done], {}))
         if not goes_on and captured.is_running:
             captured.hand_back()
         self._tell_all(pieces)
@@ -331,8 +332,10 @@ class Engine:
         drawing: list[tuple[Request, StepOutput, int]],
         tokens: list[int],
         logprobs: dict[int, TokenLogprobs],
-    ) -> None:
+    ) -> list[Request]:
+        """Note what was drawn, -1 where nothing could be; returns the requests that go on."""
         now = time.perf_counter()
+        going_on = []
         for place, (request, piece, _) in enumerate(drawing):
             token = tokens[place]
             if token < 0:
@@ -353,6 +356,9 @@ class Engine:
             if request.stops.finish_reason is not None:
                 request.stop_reason = request.stops.stop_reason
                 self._finish(request, request.stops.finish_reason, piece)
+            else:
+                going_on.append(request)
+        return going_on
 
     def _note_prompt_logprobs(self, flight: Flight, finished: Finished, part: slice) -> None:
         """Note log-probabilities of the prompt tokens that follow a chunk's tokens."""

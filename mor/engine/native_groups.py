@@ -73,9 +73,9 @@ class NativeGroups:
                 tables_TM=rows.tables_TM,
                 pool=self.pool,
                 page_tokens=self.page_tokens[group],
-                first_layer=self.config.num_prelude_layers if group == "coda" else 0,
-                kv_rows=rows.num_kv_rows,
-                full_rows=rows.num_full_rows,
+                first_kv_layer=self.config.num_prelude_layers if group == "coda" else 0,
+                num_kv_rows=rows.num_kv_rows,
+                num_full_rows=rows.num_full_rows,
                 recursion_starts=starts,
             ),
         )

@@ -53,7 +53,7 @@ class DepthRouter:
         return self.stack.router(recursion)
 
     def thresholds(self) -> tuple[float, ...]:
-        """Return the thresholds of the model folder, one a recursion; 0 where there are none."""
+        """Return the model's thresholds of scores, one a recursion; 0 where there are none."""
         if not self.has_gate or self.config.router == "random":
             return (0.0,) * self.config.num_recursions
         return tuple(float(self._router(r).threshold) for r in range(self.config.num_recursions))
@@ -75,7 +75,7 @@ class DepthRouter:
     ) -> Decision:
         """Decide about rows that may take a recursion (from 0, int64); not for token choice.
 
-        threshold_N  fp64, each row's own threshold of that recursion
+        threshold_N  fp64, each row's own threshold of that recursion's logits
         asks_all     ask every router about every row, rather than the device which rows are whose
         """
         if not self.has_gate:
@@ -84,7 +84,7 @@ class DepthRouter:
         gate_N = self._router(0).gate(logit_N)
         if self.config.router == "random":
             return Decision(self._draws(recursion_N, position_N, token_N), gate_N)
-        return Decision(torch.sigmoid(causal_N) > threshold_N, gate_N)
+        return Decision(causal_N > threshold_N, gate_N)
 
     def _logits(
         self, recursion_N: Tensor, x_ND: Tensor, *, asks_all: bool

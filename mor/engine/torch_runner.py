@@ -122,13 +122,20 @@ class TorchRunner(Runner):
         self.x.index_copy_(0, index, x_ND)
         self.depth[call.rows] = at + 1
         goes_on = at + 1 < self.limit[call.rows]
-        if not self.router.has_gate or not goes_on.any():
-            return goes_on
-        following = np.minimum(at + 1, self.config.num_recursions - 1)
-        asked_N = self._decide(call, index, following, x_ND)
-        if asked_N is not None:
-            goes_on &= asked_N.cpu().numpy() | self.is_replayed[call.rows]
+        if self.router.has_gate and goes_on.any():
+            following = np.minimum(at + 1, self.config.num_recursions - 1)
+            asked_N = self._decide(call, index, following, x_ND)
+            if asked_N is not None:
+                goes_on &= asked_N.cpu().numpy() | self.is_replayed[call.rows]
+        self._give_back(call, goes_on)
         return goes_on
+
+    def _give_back(self, call: Call, goes_on: npt.NDArray[np.bool_]) -> None:
+        """Give back the places that flights out of the block did not use, and empty pages."""
+        remaining = np.add.reduceat(goes_on, call.active.cumsum() - call.active, dtype=np.int64)
+        nothing = self.blocks.layout.num_tables
+        unused = np.where(remaining > 0, nothing, 2 + call.recursion)
+        self.blocks.release(call.slots, unused, call.length)
 
     @torch.inference_mode()
     def run_coda(self, call: Call, num_full: int) -> Tensor | None:

@@ -76,7 +76,7 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
         token_depth_BT, token_score_BTR, router_loss = _token_choice(stack, x_BTD, real_BT, rule)
     stats = []
     for r in range(config.num_recursions):
-        gate_BT1, score_N, score_BT, candidate_BT = None, x_ND.new_empty(0), None, active_BT
+        gate_BT1, logit_N, score_BT, candidate_BT = None, x_ND.new_empty(0), None, active_BT
         passing = x_ND.new_empty(0)
         if token_depth_BT is not None:
             active_BT = candidate_BT & (token_depth_BT > r)
@@ -85,7 +85,7 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
             router = stack.router(r)
             logit_BT, causal_BT = router.logits(x_BTD)
             score_BT = torch.sigmoid(causal_BT.detach())
-            score_N = score_BT[candidate_BT]
+            logit_N = causal_BT.detach()[candidate_BT]
             gate_BT1 = router.gate(logit_BT)[..., None]
             if r > 0:
                 is_top_k = rule == "train" and config.router == "expert_choice"
@@ -102,7 +102,7 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
             passes_BT = _chosen(stack, r, score_BT, candidate_BT, rows, "causal")
             passing = (candidate_BT & passes_BT).sum()
         stats.append(
-            RecursionStats(int(candidate_BT.sum()), int(active_BT.sum()), passing, score_N)
+            RecursionStats(int(candidate_BT.sum()), int(active_BT.sum()), passing, logit_N)
         )
         block_BTD = x_BTD
         for index, layer in enumerate(stack.block(r)):

@@ -31,8 +31,8 @@ class Routing(NamedTuple):
     """active rows of every sequence, when that is known without asking the device"""
     gate_A1: Tensor | None
     """factor on what the recursion contributes, fp32 or wider; None where that comes later"""
-    score_N: Tensor
-    """detached sigmoid scores of the candidates"""
+    logit_N: Tensor
+    """detached logits of the candidates that the causal rule asks; their sigmoids are the scores"""
     loss: Tensor | None
     """weighted losses of the candidates, summed, over c_(r-1); None without any"""
     num_passing: Tensor
@@ -111,7 +111,7 @@ class Router(WideModule):
                 member_N = torch.zeros_like(logit_N).index_fill(0, index_A, 1.0)
             loss = self.loss(logit_N, causal_N, member_N)
         gate_A1, passing = self.gate(active_logit)[:, None], self.passes(score_N, rows).sum()
-        return Routing(index_A, equal_count, gate_A1, score_N, loss, passing)
+        return Routing(index_A, equal_count, gate_A1, causal_N.detach(), loss, passing)
 
     def loss(self, logit_N: Tensor, causal_N: Tensor, member_N: Tensor) -> Tensor | None:
         """Sum the weighted losses of candidates, over c_(r-1); None where there are none.

@@ -34,8 +34,13 @@ class RecursionStats(NamedTuple):
     num_active: int
     num_passing: Tensor
     """candidates that the causal rule would have let through"""
-    score_N: Tensor
-    """detached sigmoid scores of the candidates; empty without a router"""
+    logit_N: Tensor
+    """detached logits of the candidates, as the causal rule asks them; empty without a router"""
+
+    @property
+    def score_N(self) -> Tensor:
+        """Scores of the candidates; sigmoids far from 0 all round to 1."""
+        return torch.sigmoid(self.logit_N)
 
 
 class StackOutput(NamedTuple):
@@ -133,10 +138,10 @@ class Stack(nn.Module):
         left: list[tuple[Tensor, Tensor]] = []  # rows of a recursion, and which of them went on
         for r in range(self.config.num_recursions):
             num_candidates, gate_A1 = len(rows), None
-            score_N = passing = x_ND.new_empty(0)
+            logit_N = passing = x_ND.new_empty(0)
             routing = self._route(r, x_ND, rows, rule, choice, origin_N)
             if routing is not None:
-                score_N, gate_A1, passing = routing.score_N, routing.gate_A1, routing.num_passing
+                logit_N, gate_A1, passing = routing.logit_N, routing.gate_A1, routing.num_passing
                 if routing.loss is not None:
                     router_loss = routing.loss + (0 if router_loss is None else router_loss)
                 if routing.index_A is not None:
@@ -144,7 +149,7 @@ class Stack(nn.Module):
                     x_ND, rotary = x_ND[routing.index_A], rotary.take(routing.index_A)
                     rows = rows.take(routing.index_A, equal_count=routing.equal_count)
                     origin_N = origin_N[routing.index_A]
-            stats.append(RecursionStats(num_candidates, len(rows), passing, score_N))
+            stats.append(RecursionStats(num_candidates, len(rows), passing, logit_N))
             if len(rows) == 0:
                 continue  # the next recursion has no candidates either
             view = keys.recursion(r, rows, origin_N)

@@ -37,8 +37,8 @@ class TokenChoice(NamedTuple):
         gate_A1 = None
         if self.step_gate_NR is not None:
             gate_A1 = self.step_gate_NR[origin_N, recursion, None]
-        no_scores, passing = x_ND.new_empty(0), torch.tensor(num_active)
-        return Routing(index_A, None, gate_A1, no_scores, None, passing)
+        no_logits, passing = x_ND.new_empty(0), torch.tensor(num_active)
+        return Routing(index_A, None, gate_A1, no_logits, None, passing)
 
 
 class TokenRouter(WideModule):

@@ -70,7 +70,7 @@ def set_thresholds(
     """Set every threshold so that the active shares on this text equal the capacities.
 
     Recursion by recursion, since thresholds before r decide who the candidates of r are. Returns
-    what the model folder keeps as calibration: thresholds, shares reached, score quantiles.
+    what the model folder keeps as calibration: thresholds, shares reached, logit quantiles.
     """
     config = model.config
     if not config.has_router:
@@ -82,11 +82,11 @@ def set_thresholds(
     if config.router in rules:
         reached = measure_loss(model, batches, dtype=dtype)
         return {"rule": rules[config.router], **_reached(model, reached)}
-    scores: list[Tensor] = []
-    for r in range(1, config.num_recursions):  # the pass for the last tells the scores of all
-        scores, tokens = _scores(model, batches, dtype)
+    logits: list[Tensor] = []
+    for r in range(1, config.num_recursions):  # the pass for the last tells the logits of all
+        logits, tokens = _logits(model, batches, dtype)
         kept = round(config.capacity[r] * tokens)
-        model.model.router(r).threshold.fill_(_threshold(scores[r], kept))
+        model.model.router(r).threshold.fill_(_threshold(torch.sigmoid(logits[r]), kept))
     reached = measure_loss(model, batches, dtype=dtype)
     return {
         "rule": "a token goes on at recursion r if its score is above threshold r",
@@ -94,7 +94,8 @@ def set_thresholds(
             float(model.model.router(r).threshold) for r in range(config.num_recursions)
         ],
         **_reached(model, reached),
-        "score_quantiles": [_quantiles(score_N) for score_N in scores],
+        # Of logits, since the scores of a trained router are nearly all 0 or 1.
+        "logit_quantiles": [_quantiles(logit_N) for logit_N in logits],
     }
 
 
@@ -106,25 +107,25 @@ def _reached(model: MoR, result: HeldoutResult) -> dict[str, Any]:
     }
 
 
-def _scores(
+def _logits(
     model: MoR, batches: Iterable[Batch], dtype: torch.dtype | None
 ) -> tuple[list[Tensor], int]:
-    """Collect the candidates' scores at every recursion, and count all tokens."""
-    scores: list[list[Tensor]] = [[] for _ in range(model.config.num_recursions)]
+    """Collect the candidates' logits at every recursion, and count all tokens."""
+    logits: list[list[Tensor]] = [[] for _ in range(model.config.num_recursions)]
     tokens = 0
     for out in _run(model, batches, "causal", dtype, with_loss=False):
-        for collected, stats in zip(scores, out.recursions, strict=True):
-            collected.append(stats.score_N.cpu())
+        for collected, stats in zip(logits, out.recursions, strict=True):
+            collected.append(stats.logit_N.cpu())
         tokens += out.num_tokens
-    return [torch.cat(collected) for collected in scores], tokens
+    return [torch.cat(collected) for collected in logits], tokens
 
 
-def _quantiles(score_N: Tensor) -> list[float]:
-    """Return evenly spaced quantiles, from the smallest score to the largest."""
-    if not len(score_N):
+def _quantiles(logit_N: Tensor) -> list[float]:
+    """Return evenly spaced quantiles, from the smallest to the largest."""
+    if not len(logit_N):
         return []
-    points = torch.linspace(0, len(score_N) - 1, QUANTILES, dtype=torch.float64)
-    return score_N.sort().values[points.round().long()].tolist()
+    points = torch.linspace(0, len(logit_N) - 1, QUANTILES, dtype=torch.float64)
+    return logit_N.sort().values[points.round().long()].tolist()
 
 
 def _threshold(score_N: Tensor, kept: int) -> float:

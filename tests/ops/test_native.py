@@ -40,7 +40,9 @@ def test_linear_matches_torch_for_any_sizes(lib, dtype, rows, outputs, inputs):
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(dtype)
     expected = F.linear(x.to(dtype).double(), weight.double())
     packed = lib.pack_weight(weight)
-    assert_near(lib.linear(x, packed), expected, torch.float32)
+    out = torch.empty(rows, outputs)
+    assert lib.linear(x, packed, out=out) is out
+    assert_near(out, expected, torch.float32)
     assert_near(lib.linear(x.to(dtype), packed, dtype=dtype), expected, dtype)
 
 
@@ -139,8 +141,8 @@ def test_store_writes_slots_and_nothing_else(lib, dtype):
 def check_layers(lib, case, dtype, **changes):
     x, pool = case.run(lib, **changes)
     expected, expected_pool = case.expected(**changes)
-    full_rows = changes.get("full_rows", len(x))
-    assert_near(x[:full_rows], expected[:full_rows], dtype, times=2)
+    num_full_rows = changes.get("num_full_rows", len(x))
+    assert_near(x[:num_full_rows], expected[:num_full_rows], dtype, times=2)
     # nothing is written where nothing belongs
     assert torch.equal(pool.isnan(), expected_pool.isnan())
     assert_near(pool.nan_to_num(), expected_pool.nan_to_num(), dtype, times=2)
@@ -160,7 +162,7 @@ LAYER_CASES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "page_tokens": 16,
     },
-    "third layer of its pages": {"first_layer": 2},
+    "third layer of its pages": {"first_kv_layer": 2},
     "gains of each recursion": {"relax_norms": True},
     "low-rank additions": {"lora_rank": 3, "lora_targets": ("q_proj", "v_proj", "o_proj")},
     "low-rank everywhere": {
@@ -191,19 +193,19 @@ def test_rows_without_keys_of_their_own_see_the_stored_ones(lib, dtype):
     # those rows do not store, so they see what was there before
     count_N = case.fields["count_N"].clone()
     count_N[8:] = torch.tensor([64, 3, 3, 130])
-    check_layers(lib, case, dtype, kv_rows=8, slot_N=slot_N, count_N=count_N)
+    check_layers(lib, case, dtype, num_kv_rows=8, slot_N=slot_N, count_N=count_N)
 
 
 @both_dtypes
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("full_rows", [0, 1, 9])
-def test_the_last_layer_makes_only_keys_for_rows_without_logits(lib, dtype, layers, full_rows):
+@pytest.mark.parametrize("num_full_rows", [0, 1, 9])
+def test_the_last_layer_makes_only_keys_for_rows_without_logits(lib, dtype, layers, num_full_rows):
     case = make_case(MIXED, dtype=dtype, layers=layers)
-    if full_rows:
-        check_layers(lib, case, dtype, full_rows=full_rows)
+    if num_full_rows:
+        check_layers(lib, case, dtype, num_full_rows=num_full_rows)
     else:
-        _, pool = case.run(lib, full_rows=0)
-        _, expected = case.expected(full_rows=0)
+        _, pool = case.run(lib, num_full_rows=0)
+        _, expected = case.expected(num_full_rows=0)
         assert_near(pool.nan_to_num(), expected.nan_to_num(), dtype, times=2)
 
 
@@ -239,12 +241,12 @@ def test_norm_matches_torch(lib):
     assert_near(lib.rms_norm(x, gain, 1e-5, dtype=torch.bfloat16), expected, torch.bfloat16)
 
 
-def test_argmax_is_the_first_largest_and_minus_one_beside_nan(lib):
+def test_argmax_is_the_first_largest_and_minus_one_where_that_is_not_finite(lib):
     logits = torch.randn(6, 1003).round(decimals=1)
     logits[1] = -float("inf")
     logits[2, 7] = logits[3, 1002] = NAN
     expected = logits.max(dim=1).indices
     first = [int((row == row.max()).nonzero()[0]) for row in logits[[0, 4, 5]]]
     out = lib.argmax_rows(logits)
-    assert out[[0, 4, 5]].tolist() == first and out[[1, 2, 3]].tolist() == [0, -1, -1]
+    assert out[[0, 4, 5]].tolist() == first and out[[1, 2, 3]].tolist() == [-1] * 3
     assert out.dtype == expected.dtype

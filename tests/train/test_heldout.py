@@ -58,7 +58,7 @@ def test_active_shares_on_that_text_equal_the_capacities(
     assert calibration["thresholds"][1:] == [
         float(model.model.router(r).threshold) for r in range(1, 4)
     ]
-    for quantiles in calibration["score_quantiles"]:
+    for quantiles in calibration["logit_quantiles"]:
         assert len(quantiles) == 201
         assert quantiles == sorted(quantiles)
 

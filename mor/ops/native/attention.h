@@ -9,42 +9,13 @@
 #include <cmath>
 #include <vector>
 
-#include "gemm.h"
+#include "pages.h"
 
-constexpr int kBlockKeys = 64;
 constexpr int kChunkKeys = 512;
 constexpr int kTileQueries = 24;
 #if defined(__AVX512F__)
 constexpr int kAttentionPanels = 4;
 #endif
-
-struct Heads {
-  int queries;  // H
-  int keys;     // G
-  int size;     // K
-  int group() const { return queries / keys; }
-  int panels() const { return (size + kPanel - 1) / kPanel; }
-};
-
-// Pages of one layer: keys (pages, G, P, K) and values beside them.
-template <class E>
-struct Pages {
-  E* keys;
-  int64_t page_stride;
-  int64_t values_offset;
-  int64_t page_tokens;  // P
-
-  E* key(long page, long head, long offset, int size) const {
-    return keys + page * page_stride + (head * page_tokens + offset) * size;
-  }
-};
-
-struct Tables {
-  const int32_t* tables;
-  int64_t stride;
-  const int32_t* table;  // of a row
-  const int32_t* count;  // of a row
-};
 
 struct Tile {
   long row, rows;
@@ -69,7 +40,6 @@ struct AttentionPlan {
   std::vector<Unit> units;
   std::vector<std::atomic<int>> missing;  // chunks of (tile, head) that are not done yet
   long partials = 0;
-  std::atomic<long> next{0};
 
   void make(const Tables& tables, long rows, const Heads& heads) {
     tiles.clear();
@@ -97,108 +67,8 @@ struct AttentionPlan {
     missing = std::vector<std::atomic<int>>(tiles.size() * heads.keys);
     for (size_t i = 0; i < missing.size(); i++)
       missing[i].store(int(tiles[i / heads.keys].chunks), std::memory_order_relaxed);
-    next.store(0, std::memory_order_relaxed);
   }
 };
-
-// Keys of a block, by address, and those that come after it: they lie in small pieces, which the
-// processor does not see coming, so they are fetched while this block is worked on.
-template <class E>
-struct Block {
-  const E* keys[kBlockKeys];
-  long count = 0;
-
-  void locate(const Pages<E>& pages, const int32_t* table, long head, long first, long end,
-              int size) {
-    count = std::min<long>(kBlockKeys, end - first);
-    long page = first / pages.page_tokens, offset = first % pages.page_tokens;
-    for (long i = 0; i < count; page++, offset = 0) {
-      const E* key = pages.key(table[page], head, offset, size);
-      const long until = std::min<long>(count, i + pages.page_tokens - offset);
-      for (; i < until; i++, key += size) keys[i] = key;
-    }
-  }
-
-  void fetch_some(long first, long keys_count, int64_t offset, long size) const {
-    const long last = std::min(count, first + keys_count);
-    for (long i = first; i < last; i++)
-      for (long at = 0; at < size; at += 64 / long(sizeof(E))) fetch(keys[i] + offset + at);
-  }
-};
-
-// 4-byte steps of up to 16 key vectors, transposed: out[step][key]. Places without a key repeat the
-// first one; their scores are not looked at.
-static inline void pack_keys(const char* const* keys, long count, long steps, char* out) {
-  const char* key[kPanel];
-  for (long i = 0; i < kPanel; i++) key[i] = keys[i < count ? i : 0];
-  long s = 0;
-#if defined(__AVX512F__)
-  for (; s + 4 <= steps; s += 4, out += 4 * kStepBytes) {
-    __m512i a[4];  // a[i]: four steps of keys i, 4 + i, 8 + i and 12 + i
-    for (int i = 0; i < 4; i++) {
-      auto four = [&](int k) { return _mm_loadu_si128((const __m128i*)(key[k] + s * 4)); };
-      a[i] = _mm512_castsi128_si512(four(i));
-      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x00f0, four(4 + i));
-      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x0f00, four(8 + i));
-      a[i] = _mm512_mask_broadcast_i32x4(a[i], 0xf000, four(12 + i));
-    }
-    const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]);
-    const __m512i high01 = _mm512_unpackhi_epi32(a[0], a[1]);
-    const __m512i low23 = _mm512_unpacklo_epi32(a[2], a[3]);
-    const __m512i high23 = _mm512_unpackhi_epi32(a[2], a[3]);
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
-    _mm512_storeu_si512(out + kStepBytes, _mm512_unpackhi_epi64(low01, low23));
-    _mm512_storeu_si512(out + 2 * kStepBytes, _mm512_unpacklo_epi64(high01, high23));
-    _mm512_storeu_si512(out + 3 * kStepBytes, _mm512_unpackhi_epi64(high01, high23));
-  }
-#endif
-  for (; s < steps; s++, out += kStepBytes)
-    for (long i = 0; i < kPanel; i++) std::memcpy(out + i * 4, key[i] + s * 4, 4);
-}
-
-// Values beside keys, as weights: panels of 16 places, in steps of one or two keys.
-static inline void pack_values(const float* const* at, int64_t offset, long keys, long size,
-                               long panel_bytes, char* out) {
-  for (long key = 0; key < keys; key++, out += kStepBytes)
-    for (long first = 0, panel = 0; first < size; first += kPanel, panel++) {
-      const long width = std::min<long>(kPanel, size - first);
-      char* to = out + panel * panel_bytes;
-      std::memcpy(to, at[key] + offset + first, width * 4);
-      std::memset(to + width * 4, 0, kStepBytes - width * 4);
-    }
-}
-
-static inline void pack_values(const bf16* const* at, int64_t offset, long keys, long size,
-                               long panel_bytes, char* out) {
-  for (long key = 0; key < keys; key += 2, out += kStepBytes) {
-    const bf16* one = at[key] + offset;
-    const bf16* other = key + 1 < keys ? at[key + 1] + offset : nullptr;
-    char* to = out;
-    long first = 0;
-#if defined(__AVX512BW__)
-    const __m512i places = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9,
-                                            40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33,
-                                            1, 32, 0);
-    const __m512i second_half = _mm512_set1_epi16(16);
-    for (; first + 2 * kPanel <= size; first += 2 * kPanel, to += 2 * panel_bytes) {
-      const __m512i low = _mm512_loadu_si512(one + first);
-      const __m512i high = other ? _mm512_loadu_si512(other + first) : _mm512_setzero_si512();
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, places, high));
-      _mm512_storeu_si512(to + panel_bytes,
-                          _mm512_permutex2var_epi16(
-                              low, _mm512_add_epi16(places, second_half), high));
-    }
-#endif
-    for (; first < size; first += kPanel, to += panel_bytes)
-      for (long i = 0; i < kPanel; i++) {
-        const bool is_real = first + i < size;
-        const uint32_t low = is_real ? one[first + i].bits : 0;
-        const uint32_t high = is_real && other ? other[first + i].bits : 0;
-        const uint32_t pair = low | high << 16;
-        std::memcpy(to + i * 4, &pair, 4);
-      }
-  }
-}
 
 // rows x panels sums, for any numbers.
 template <class E>
@@ -433,13 +303,12 @@ static void merge_chunks(const Heads& heads, const Tile& tile, int head, const Q
   }
 }
 
-// Phase: units go to whichever thread is free; each takes its next one early, to fetch for it.
+// Phase: all units of a plan.
 template <class E>
-static void attend(AttentionPlan& plan, const Heads& heads, const Pages<E>& pages,
-                   const Tables& tables, const Queries<E>& io,
+static void attend(const Team& team, AttentionPlan& plan, const Heads& heads,
+                   const Pages<E>& pages, const Tables& tables, const Queries<E>& io,
                    const AttentionScratch<E>& scratch, const Partials& partials) {
   const long count = long(plan.units.size());
-  auto take = [&] { return plan.next.fetch_add(1, std::memory_order_relaxed); };
   auto locate_first = [&](long u, Block<E>& block) {
     block.count = 0;
     if (u >= count) return;
@@ -449,18 +318,18 @@ static void attend(AttentionPlan& plan, const Heads& heads, const Pages<E>& page
                  tile.keys, heads.size);
   };
   Block<E> blocks[2];
-  long u = take();
-  locate_first(u, blocks[0]);
-  for (long following; u < count; u = following) {
-    following = take();
+  bool is_first = true;
+  team.take_jobs(count, [&](long u, long following) {
+    if (is_first) locate_first(u, blocks[0]);
+    is_first = false;
     const Unit& unit = plan.units[u];
     const Tile& tile = plan.tiles[unit.tile];
     attend_unit(heads, tile, unit, pages, tables, io, scratch, partials, blocks,
                 [&](Block<E>& block) { locate_first(following, block); });
-    if (tile.chunks == 1) continue;
+    if (tile.chunks == 1) return;
     std::atomic<int>& missing = plan.missing[unit.tile * heads.keys + unit.head];
-    if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+    if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     missing.store(int(tile.chunks), std::memory_order_relaxed);
     merge_chunks(heads, tile, unit.head, io, scratch, partials);
-  }
+  });
 }

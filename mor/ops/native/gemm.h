@@ -109,65 +109,57 @@ struct Addition {
   long x_stride = 0;
 };
 
-// Rows [rows.begin, rows.end) of x times panels [panels.begin, panels.end). finish(row, rows, panel,
-// panels, tile, stride) gets every finished tile; Finish::kUnit panels stay together.
+// Rows [rows.begin, rows.end) of x times panels [panels.begin, panels.end), an even number to begin
+// with. finish(row, rows, panel, panels, tile, stride) gets every finished tile.
 template <class E, class Finish>
 static void gemm(const Team& team, const Weight& weight, Range panels, Range rows, const E* x,
                  long x_stride, Finish finish, Addition<E> addition = {}) {
   const long count = rows.end - rows.begin;
-  const long units = (panels.end - panels.begin) / Finish::kUnit;
-  if (count <= 0 || units <= 0) return;
+  const long groups = (panels.end - panels.begin + kGroupPanels - 1) / kGroupPanels;
+  if (count <= 0 || groups <= 0) return;
   const long panel_bytes = weight.steps * kStepBytes;
   const long most = std::max<long>(kTileRows, kChunkBytes / (weight.steps * 4));
   const long chunks = (count + most - 1) / most;
-  alignas(64) float tile[kTileRows * kGroupPanels * kPanel];
-  alignas(64) float added[kTileRows * kGroupPanels * kPanel];
   constexpr long stride = kGroupPanels * kPanel;
+  alignas(64) float tile[kTileRows * stride];
+  alignas(64) float added[kTileRows * stride];
+  auto first_panel = [&](long job) { return panels.begin + job % groups * kGroupPanels; };
 
-  const Range jobs = team.share(chunks * units);
-  for (long job = jobs.begin; job < jobs.end;) {
-    const long chunk = job / units;
-    const long first = job % units;
-    const long last = std::min(units, first + jobs.end - job);
-    job += last - first;
-    const long begin = rows.begin + count * chunk / chunks;
-    const long in_chunk = rows.begin + count * (chunk + 1) / chunks - begin;
+  team.take_jobs(chunks * groups, [&](long job, long following) {
+    const long p = first_panel(job);
+    const long width = std::min<long>(kGroupPanels, panels.end - p);
+    const char* w = panel_at(weight, p);
+    const char* coming =
+        following < chunks * groups ? panel_at(weight, first_panel(following)) : w;
+    const long begin = rows.begin + count * (job / groups) / chunks;
+    const long in_chunk = rows.begin + count * (job / groups + 1) / chunks - begin;
     const long tiles = (in_chunk + kTileRows - 1) / kTileRows;
-    const long panel_end = panels.begin + last * Finish::kUnit;
-    for (long p = panels.begin + first * Finish::kUnit; p < panel_end; p += kGroupPanels) {
-      const long width = std::min<long>(kGroupPanels, panel_end - p);
-      const char* w = panel_at(weight, p);
-      const char* coming = panel_at(weight, p + width);
-      for (long t = 0; t < tiles; t++) {
-        const long row = begin + in_chunk * t / tiles;
-        const long height = begin + in_chunk * (t + 1) / tiles - row;
-        const E* from = x + row * x_stride;
-        // The first tiles fetch the next group of panels, about once.
-        const auto multiply_rows = tiles == 1   ? multiply_tile<E, kBlockPanels>
-                                   : tiles == 2 ? multiply_tile<E, 2>
-                                   : t < 3      ? multiply_tile<E, 1>
-                                                : multiply_tile<E, 0>;
-        multiply_rows(height, width, w, panel_bytes, from, x_stride, weight.steps, tile, stride,
-                      coming + t * kGroupPanels / std::min(tiles, 3L) * panel_bytes);
-        if (addition.weight) {
-          const Weight& low = *addition.weight;
-          multiply_tile<E, 0>(height, width, panel_at(low, p), low.steps * kStepBytes,
-                           addition.x + row * addition.x_stride, addition.x_stride, low.steps,
-                           added, stride, nullptr);
-          for (long r = 0; r < height; r++)
-            for (long i = 0; i < width * kPanel; i += kLanes)
-              store(tile + r * stride + i, load(tile + r * stride + i) + load(added + r * stride + i));
-        }
-        finish(row, height, p, width, tile, stride);
+    for (long t = 0; t < tiles; t++) {
+      const long row = begin + in_chunk * t / tiles;
+      const long height = begin + in_chunk * (t + 1) / tiles - row;
+      // The first tiles fetch the next group of panels, about once.
+      const auto multiply_rows = tiles == 1   ? multiply_tile<E, kBlockPanels>
+                                 : tiles == 2 ? multiply_tile<E, 2>
+                                 : t < 3      ? multiply_tile<E, 1>
+                                              : multiply_tile<E, 0>;
+      multiply_rows(height, width, w, panel_bytes, x + row * x_stride, x_stride, weight.steps,
+                    tile, stride, coming + t * kGroupPanels / std::min(tiles, 3L) * panel_bytes);
+      if (addition.weight) {
+        const Weight& low = *addition.weight;
+        multiply_tile<E, 0>(height, width, panel_at(low, p), low.steps * kStepBytes,
+                            addition.x + row * addition.x_stride, addition.x_stride, low.steps,
+                            added, stride, nullptr);
+        for (long i = 0; i < height * stride; i += kLanes)
+          store(tile + i, load(tile + i) + load(added + i));
       }
+      finish(row, height, p, width, tile, stride);
     }
-  }
+  });
 }
 
 // What becomes of finished sums: stored, as fp32 or bf16.
 template <class Out>
 struct Assign {
-  static constexpr long kUnit = 1;
   Out* out;
   long out_stride;
   long outputs;
@@ -188,7 +180,6 @@ struct Assign {
 
 // Added to the residual stream.
 struct Accumulate {
-  static constexpr long kUnit = 1;
   float* out;
   long out_stride;
   long outputs;
@@ -210,7 +201,6 @@ struct Accumulate {
 // silu(gate) * up, of panels that come in turns: gate, up, gate, up.
 template <class E>
 struct Gated {
-  static constexpr long kUnit = 2;
   E* out;
   long out_stride;
 

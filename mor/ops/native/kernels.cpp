@@ -38,7 +38,8 @@ static bool linear(const Weight& weight, const void* x, int64_t x_is_float, int6
 template <class E>
 static bool attention(const Rows& rows, const Heads& heads, const float* queries, E* out,
                       int threads) {
-  static thread_local AttentionPlan plan;
+  static thread_local AttentionPlan of_caller;
+  AttentionPlan& plan = of_caller;  // named in the team, it would be each thread's own
   const Tables tables{rows.tables, rows.tables_stride, rows.table, rows.count};
   plan.make(tables, rows.rows, heads);
   const long padded = heads.panels() * kPanel, bytes = AttentionScratch<E>::bytes(heads);
@@ -53,7 +54,7 @@ static bool attention(const Rows& rows, const Heads& heads, const float* queries
   run_team(threads, [&](const Team& team) {
     AttentionScratch<E> scratch;
     scratch.place(memory + team.thread * bytes, heads);
-    attend(plan, heads, pages, tables, Queries<E>{queries, stride, out, stride}, scratch, partials);
+    attend(team, plan, heads, pages, tables, Queries<E>{queries, stride, out, stride}, scratch, partials);
   });
   return true;
 }
@@ -170,8 +171,8 @@ int mor_enter(const State* state, const Flights* flights, const Group* prelude, 
 }
 
 int mor_recursion(const State* state, const Flights* flights, const Group* block, int threads,
-                  uint8_t* goes_on) {
-  return Tick(*state, *flights, threads).recursion(*block, workspace, goes_on);
+                  uint8_t* goes_on, uint8_t* has_spare) {
+  return Tick(*state, *flights, threads).recursion(*block, workspace, goes_on, has_spare);
 }
 
 int mor_leave(const State* state, const Flights* flights, const Group* coda, int threads,

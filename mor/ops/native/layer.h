@@ -205,11 +205,10 @@ class LayerCall {
     if (rows > 0) {
       AttentionScratch<E> scratch;
       scratch.place(scratch_ + team.thread * AttentionScratch<E>::bytes(heads_), heads_);
-      attend(plan, heads_, pages, tables_,
+      attend(team, plan, heads_, pages, tables_,
              Queries<E>{qkv_, qkv_stride_, attended_, attended_stride_}, scratch, partials_);
     }
     team.wait();
-    if (team.thread == 0) plan.next.store(0, std::memory_order_relaxed);
     project_all(team, layer.out, rows, attended_, attended_stride_,
                 Accumulate{x_, width, width});
     team.wait();
@@ -238,10 +237,12 @@ class LayerCall {
       const Weight& a = projection.a[r];
       gemm(team, a, {0, long(a.panels)}, slice_of(r, rows), x, x_stride,
            Assign<E>{low_, group_.low_rank, group_.low_rank});
+      team.wait();
     }
-    team.wait();
-    for (long r = 0; r < group_.recursions; r++)
+    for (long r = 0; r < group_.recursions; r++) {
       product(slice_of(r, rows), Addition<E>{&projection.b[r], low_, long(group_.low_rank)});
+      team.wait();
+    }
   }
 
   template <class Finish>

@@ -1,9 +1,10 @@
 """CPU kernels for decoding with small Llama layers, called through ctypes.
 
 `load()` compiles them or says in one log line why it cannot; then the caller takes torch's path.
-Weights, keys and values are bf16 or fp32; the residual stream and logits are always fp32. A row's
-result depends neither on the rows beside it nor on the number of threads, except that a later row
-of the same table in one call counts as a neighbour once its values are not finite.
+Weights, keys and values are bf16 or fp32; the residual stream and logits are always fp32. A row has
+the same bits whatever the rows beside it and the number of threads. (One exception: where a later
+row of the same table stores values that are not finite, earlier rows of that call may get NaN.)
+Wrong shapes are bugs of ours: they are asserted.
 
 Shapes: N rows, D width, H query heads, G key heads, K head size, V vocabulary, T block tables,
 M pages of a table, P tokens of a page, R recursions, L layers of a group.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -22,81 +23,8 @@ from torch import Tensor
 
 from mor.log import logger
 from mor.ops.native.build import BuildError, open_library
-
-PANEL = 16  # outputs of a panel of weights, as kPanel in vector.h
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("steps", c_int64), ("panels", c_int64), ("outputs", c_int64))
-
-
-class _Projection(ctypes.Structure):
-    _fields_ = (("weight", _Weight), ("a", c_void_p), ("b", c_void_p))
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        ("qkv", _Projection),
-        ("out", _Projection),
-        ("gate_up", _Projection),
-        ("down", _Projection),
-        ("attention_gain", c_void_p),
-        ("mlp_gain", c_void_p),
-        ("gain_stride", c_int64),
-    )
-
-
-class _Group(ctypes.Structure):
-    _fields_ = (
-        ("layers", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("count", c_int64),
-        ("width", c_int64),
-        ("recursions", c_int64),
-        ("low_rank", c_int64),
-        ("query_heads", c_int32),
-        ("key_heads", c_int32),
-        ("head_size", c_int32),
-        ("is_bf16", c_int32),
-        ("eps", c_float),
-    )
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = (
-        ("position", c_void_p),
-        ("recursion", c_void_p),
-        ("table", c_void_p),
-        ("count", c_void_p),
-        ("slot", c_void_p),
-        ("tables", c_void_p),
-        ("recursion_starts", c_void_p),
-        ("pool", c_void_p),
-        ("rows", c_int64),
-        ("kv_rows", c_int64),
-        ("full_rows", c_int64),
-        ("tables_stride", c_int64),
-        ("page_stride", c_int64),
-        ("layer_stride", c_int64),
-        ("page_tokens", c_int64),
-        ("first_layer", c_int64),
-    )
-
-
-class PackedWeight:
-    """A weight (outputs, inputs) in the order in which the kernels read it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        assert weight.dtype in (torch.bfloat16, torch.float32) and weight.dim() == 2
-        self.outputs, self.inputs = weight.shape
-        self.dtype = weight.dtype
-        per_step = 2 if weight.dtype == torch.bfloat16 else 1
-        panels, steps = -(-self.outputs // PANEL), -(-self.inputs // per_step)
-        padded = weight.new_zeros(panels * PANEL, steps * per_step)
-        padded[: self.outputs, : self.inputs] = weight.detach()
-        self.data = padded.view(panels, PANEL, steps, per_step).transpose(1, 2).contiguous()
-        self.struct = _Weight(self.data.data_ptr(), steps, panels, self.outputs)
+from mor.ops.native.structs import RowsStruct
+from mor.ops.native.weights import LayerGroup, PackedWeight
 
 
 class NativeRows:
@@ -104,9 +32,9 @@ class NativeRows:
 
     position_N, recursion_N (from 0), table_N, count_N (keys it sees; 0 = nothing, attention gives
     0) int32; slot_N int64 (-1 = do not store); tables_TM int32; pool (pages, elements) in the
-    weights' dtype, of which a page of `page_tokens` holds (layers, 2, G, P, K); `first_layer` is
-    the page's layer that the group's first one uses. Rows from `kv_rows` on make no keys and
-    values; the last layer only makes keys and values for rows from `full_rows` on.
+    weights' dtype, of which a page of `page_tokens` holds (layers, 2, G, P, K); `first_kv_layer` is
+    the page's layer that the group's first one uses. Rows from `num_kv_rows` on make no keys and
+    values; the last layer only makes keys and values for rows from `num_full_rows` on.
     `recursion_starts` (R + 1) int32 says where each recursion's rows begin; only low-rank additions
     need it, and rows then come in order of recursion.
     """
@@ -122,9 +50,9 @@ class NativeRows:
         tables_TM: Tensor,
         pool: Tensor,
         page_tokens: int,
-        first_layer: int = 0,
-        kv_rows: int | None = None,
-        full_rows: int | None = None,
+        first_kv_layer: int = 0,
+        num_kv_rows: int | None = None,
+        num_full_rows: int | None = None,
         recursion_starts: Tensor | None = None,
     ) -> None:
         rows = len(position_N)
@@ -136,7 +64,7 @@ class NativeRows:
         assert slot_N.dtype == torch.int64 and len(slot_N) == rows and slot_N.is_contiguous()
         assert tables_TM.dtype == torch.int32 and tables_TM.stride(1) == 1
         assert pool.dim() == 2 and pool.stride(1) == 1
-        self.struct = _Rows(
+        self.struct = RowsStruct(
             position_N.data_ptr(),
             recursion_N.data_ptr(),
             table_N.data_ptr(),
@@ -146,135 +74,14 @@ class NativeRows:
             None if recursion_starts is None else recursion_starts.data_ptr(),
             pool.data_ptr(),
             rows,
-            rows if kv_rows is None else kv_rows,
-            rows if full_rows is None else full_rows,
+            rows if num_kv_rows is None else num_kv_rows,
+            rows if num_full_rows is None else num_full_rows,
             tables_TM.stride(0),
             pool.stride(0),
             0,
             page_tokens,
-            first_layer,
+            first_kv_layer,
         )
-
-
-class LayerGroup:
-    """Packed weights of layers that run one after another in a call."""
-
-    def __init__(
-        self,
-        layers: Sequence[Mapping[str, Tensor]],
-        *,
-        heads: int,
-        key_heads: int,
-        head_size: int,
-        eps: float,
-        cos_CK: Tensor,
-        sin_CK: Tensor,
-        low_rank_scale: float = 0.0,
-    ) -> None:
-        """Pack layers, given as `mor.model.layers.Layer.state_dict()`.
-
-        cos_CK, sin_CK: rotary factors in fp32, (context, K / 2).
-        """
-        assert head_size % 2 == 0 and heads % key_heads == 0 and heads // key_heads <= 256
-        for table in (cos_CK, sin_CK):
-            assert table.dtype == torch.float32 and table.is_contiguous()
-            assert table.shape[1] == head_size // 2
-        self.width = layers[0]["input_layernorm.weight"].shape[-1]
-        self.dtype = layers[0]["mlp.down_proj.weight"].dtype
-        self.layer_stride_per_token = 2 * key_heads * head_size
-        self.recursions = 1
-        self.low_rank = 0
-        self._kept: list[Any] = [cos_CK, sin_CK]
-        structs = (_Layer * len(layers))(*(self._layer(one, low_rank_scale) for one in layers))
-        self._kept.append(structs)
-        self.struct = _Group(
-            ctypes.addressof(structs),
-            cos_CK.data_ptr(),
-            sin_CK.data_ptr(),
-            len(layers),
-            self.width,
-            self.recursions,
-            self.low_rank,
-            heads,
-            key_heads,
-            head_size,
-            self.dtype == torch.bfloat16,
-            eps,
-        )
-
-    def _layer(self, tensors: Mapping[str, Tensor], scale: float) -> _Layer:
-        gains = [
-            self._keep(tensors[f"{name}.weight"].detach().float().contiguous())
-            for name in ("input_layernorm", "post_attention_layernorm")
-        ]
-        attention = [f"self_attn.{name}_proj" for name in "qkv"]
-        if gains[0].dim() == 2:
-            self.recursions = len(gains[0])
-        return _Layer(
-            self._projection(tensors, attention, scale),
-            self._projection(tensors, ["self_attn.o_proj"], scale),
-            self._projection(tensors, ["mlp.gate_proj", "mlp.up_proj"], scale, in_turns=True),
-            self._projection(tensors, ["mlp.down_proj"], scale),
-            gains[0].data_ptr(),
-            gains[1].data_ptr(),
-            self.width if gains[0].dim() == 2 else 0,
-        )
-
-    def _projection(
-        self,
-        tensors: Mapping[str, Tensor],
-        names: list[str],
-        scale: float,
-        *,
-        in_turns: bool = False,
-    ) -> _Projection:
-        weights = [tensors[f"{name}.weight"].detach() for name in names]
-        packed = self._pack(_joined(weights, in_turns=in_turns))
-        low = [tensors.get(f"{name}.recursion_A") for name in names]
-        with_low = [i for i, a in enumerate(low) if a is not None]
-        if not with_low:
-            return _Projection(packed.struct, None, None)
-        a_RrI = torch.cat([tensors[f"{names[i]}.recursion_A"].detach() for i in with_low], dim=1)
-        self.recursions, rank, _ = a_RrI.shape
-        self.low_rank = max(self.low_rank, -(-rank // PANEL) * PANEL)
-        pairs = []
-        for r in range(self.recursions):
-            # One product adds to all parts: each reads its own places of what A made.
-            parts, first = [], 0
-            for i, weight in enumerate(weights):
-                part = weight.new_zeros(len(weight), rank)
-                if i in with_low:
-                    b = tensors[f"{names[i]}.recursion_B"][r].detach()
-                    part[:, first : first + b.shape[1]] = scale * b
-                    first += b.shape[1]
-                parts.append(part)
-            pairs.append((self._pack(a_RrI[r]), self._pack(_joined(parts, in_turns=in_turns))))
-        a = (_Weight * self.recursions)(*(pair[0].struct for pair in pairs))
-        b = (_Weight * self.recursions)(*(pair[1].struct for pair in pairs))
-        self._kept += [a, b]
-        return _Projection(packed.struct, ctypes.addressof(a), ctypes.addressof(b))
-
-    def _pack(self, weight: Tensor) -> PackedWeight:
-        return self._keep(PackedWeight(weight))
-
-    def _keep(self, thing: Any) -> Any:
-        self._kept.append(thing)
-        return thing
-
-
-def _joined(parts: list[Tensor], *, in_turns: bool) -> Tensor:
-    """Join weights along their outputs, or panel by panel in turns.
-
-    The first is padded to whole panels, so that queries can be made without keys and values.
-    """
-    first, *others = parts
-    padded = []
-    for part in (first, torch.cat(others)) if others else (first,):
-        panels = part.new_zeros(-(-len(part) // PANEL), PANEL, part.shape[1])
-        panels.view(-1, part.shape[1])[: len(part)] = part
-        padded.append(panels)
-    joined = torch.stack(padded, dim=1) if in_turns else torch.cat(padded)
-    return joined.reshape(-1, parts[0].shape[1])
 
 
 class Library:
@@ -306,13 +113,24 @@ class Library:
         return LayerGroup(layers, **kwargs)
 
     def linear(
-        self, x: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.float32
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        *,
+        out: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return x W^T, summed in fp32; x (N, inputs), fp32 or bf16, is rounded to W's dtype."""
+        """Return x W^T, summed in fp32; x (N, inputs), fp32 or bf16, is rounded to W's dtype.
+
+        out: where the result goes, (N, outputs) fp32 or, of bf16 weights, bf16; else a new tensor
+        of `dtype`.
+        """
         assert x.dim() == 2 and x.shape[1] == weight.inputs and x.is_contiguous()
-        out = torch.empty(len(x), weight.outputs, dtype=dtype)
+        if out is None:
+            out = torch.empty(len(x), weight.outputs, dtype=dtype)
         is_bf16 = weight.dtype == torch.bfloat16
-        assert is_bf16 or dtype == torch.float32
+        assert is_bf16 or out.dtype == x.dtype == torch.float32
+        assert out.shape == (len(x), weight.outputs) and out.is_contiguous()
         check_memory(
             self.c.mor_linear(
                 ctypes.byref(weight.struct),
@@ -322,7 +140,7 @@ class Library:
                 weight.inputs,
                 len(x),
                 out.data_ptr(),
-                _is_float(dtype),
+                _is_float(out.dtype),
                 weight.outputs,
                 torch.get_num_threads(),
             )
@@ -435,12 +253,12 @@ def load() -> Library | None:
     return library
 
 
-def _view_rows(kv_P2GPK: Tensor, rows: int) -> _Rows:
+def _view_rows(kv_P2GPK: Tensor, rows: int) -> RowsStruct:
     _, _, heads, tokens, size = kv_P2GPK.shape
     assert kv_P2GPK.stride()[2:] == (tokens * size, size, 1) and kv_P2GPK.stride(1) == (
         heads * tokens * size
     )
-    return _Rows(
+    return RowsStruct(
         pool=kv_P2GPK.data_ptr(),
         rows=rows,
         page_stride=kv_P2GPK.stride(0),
