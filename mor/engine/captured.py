@@ -73,6 +73,8 @@ class CapturedTicks:
         self._unread: deque[Readback] = deque()
         self._ended: list[int] = []
         """rows that ended since the last launch"""
+        self.num_launched = 0
+        """ticks of all stretches"""
         self._num_rows = 0
         self._draws = False
         self._slots, self._recursion, self._most = (np.zeros(0, np.int64) for _ in range(3))
@@ -168,6 +170,7 @@ class CapturedTicks:
             tick.rows.is_alive_N.index_fill_(0, ended, False)
             self._ended.clear()
         self.graphs.run(self._num_rows, draws=self._draws)
+        self.num_launched += 1
         self._unread.append(Readback(tick.rows.record_N2[: self._num_rows]))
         return True
 

@@ -24,6 +24,10 @@ class Graphs:
         self._memory = None
         """of all graphs: they run one after the other, and what one leaves is in the tick's rows"""
 
+    @property
+    def num_captured(self) -> int:
+        return len(self._graphs)
+
     def run(self, num_rows: int, *, draws: bool) -> None:
         if self.device.type != "cuda":
             self.tick.run(num_rows, draws=draws)

@@ -10,44 +10,17 @@ import os
 
 import pytest
 import torch
-from support_engine import SERVED, greedy, new_engine, prompt_of, served_model
-from test_contracts import THRESHOLDED
+from support_engine import (
+    SERVED,
+    assert_same_up_to_ties,
+    greedy,
+    new_engine,
+    prompt_of,
+    served_model,
+)
 
-from mor.engine.outputs import RequestOutput
 from mor.model.mor import MoR
 from mor.ops.native import library
-
-NEAR = 1e-4
-
-
-@torch.no_grad()
-def first_near_tie(model: MoR, output: RequestOutput) -> int:
-    """Return the position from which the plain model's answer may differ by rounding."""
-    prompt, (answer,) = output.prompt_token_ids, output.outputs
-    out = model(torch.tensor([prompt + answer.token_ids]), rule="causal")
-    best = out.logits[0].topk(2).values
-    near = best[:, 0] - best[:, 1] < NEAR
-    if model.config.router in THRESHOLDED:
-        rows = torch.arange(len(near))
-        for r, stats in enumerate(out.recursions):
-            rows = rows[out.depth[0, rows] >= r] if r else rows
-            if r:
-                near[rows] |= (stats.score_N - model.model.router(r).threshold).abs() < NEAR
-    return int(near.nonzero()[0]) if near.any() else len(near)
-
-
-@torch.no_grad()
-def assert_same_up_to_ties(model: MoR, output: RequestOutput) -> int:
-    """Hold tokens and depths to the plain model before the first near tie; returns tokens held."""
-    prompt, (answer,) = output.prompt_token_ids, output.outputs
-    out = model(torch.tensor([prompt + answer.token_ids]), rule="causal")
-    stop = first_near_tie(model, output)
-    depths = output.prompt_depths + answer.depths
-    assert depths[:stop] == out.depth[0].tolist()[: min(stop, len(depths))]
-    drawn = out.logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
-    held = max(stop - len(prompt) + 1, 0)
-    assert answer.token_ids[:held] == drawn[:held]
-    return min(held, len(drawn))
 
 
 def check(model: MoR, backend: str, count: int) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,40 +12,19 @@ from support_engine import (
     greedy,
     new_engine,
     pages_for,
+    play_any_mix,
     prompt_of,
+    run_twice_and_check,
     served_model,
 )
 
-from mor.model.mor import MoR
-
 MAX_NEW = 9
-
-
-def mixed_prompts(seed: int) -> list[list[int]]:
-    """Prompts of all lengths, some that begin alike and one that comes twice."""
-    draw = random.Random(seed)
-    prompts = [prompt_of(draw.randint(1, 40), seed=seed * 10 + i) for i in range(6)]
-    prompts[3] = [*prompts[1], 5]
-    prompts[5] = list(prompts[1])
-    return prompts
-
-
-def run_twice_and_check(model: MoR, seed: int, **settings_) -> list[int]:
-    """Run prompts, then the same ones on what the cache keeps; returns tokens that it gave."""
-    engine = new_engine(model, **settings_)
-    prompts = mixed_prompts(seed)
-    for _ in range(2):
-        outputs = engine.generate(prompts, greedy(MAX_NEW))
-        engine.check_integrity()
-        for output in outputs:
-            assert_exact(model, output)
-    return [output.num_cached_tokens for output in outputs]
 
 
 @pytest.mark.parametrize("index", range(len(SERVED)))
 def test_chunked_prompts_and_a_prefix_cache_change_nothing(index: int) -> None:
     """The test that breaks others: the same prompt twice."""
-    cached = run_twice_and_check(served_model(index), 1, max_num_batched_tokens=9)
+    cached = run_twice_and_check(new_engine(served_model(index), max_num_batched_tokens=9), 1)
     assert sum(cached) > 60
 
 
@@ -67,42 +44,7 @@ def test_preemption_replays_depths_and_changes_nothing(index: int) -> None:
 @given(data=st.data())
 def test_any_mix_of_arrivals_aborts_and_sizes_is_exact(data: st.DataObject) -> None:
     """And nothing leaks in any tick, no page is given twice, everyone finishes."""
-    model = served_model(data.draw(st.integers(0, len(SERVED) - 1)))
-    block_size = data.draw(st.sampled_from([2, 4, 6, 16]))
-    seqs = data.draw(st.integers(1, 5))
-    engine = new_engine(
-        model,
-        block_size=block_size,
-        max_num_seqs=seqs,
-        max_num_batched_tokens=seqs + data.draw(st.integers(1, 30)),
-        kv_cache_bytes=pages_for(model, 50, block_size, data.draw(st.sampled_from([1.0, 1.5, 4]))),
-        enable_prefix_caching=data.draw(st.booleans()),
-        coda_period=data.draw(st.integers(0, 3)),
-    )
-    shared = prompt_of(24, seed=3)
-    waiting = []
-    for i in range(data.draw(st.integers(1, 7))):
-        length = data.draw(st.integers(1, 36))
-        prompt = shared[:length] if data.draw(st.booleans()) else prompt_of(length, seed=i)
-        waiting.append((data.draw(st.integers(0, 12)), prompt, data.draw(st.integers(1, MAX_NEW))))
-    abort_at = data.draw(st.lists(st.integers(0, 20), max_size=2))
-    tick, running, done = 0, [], []
-    while waiting or engine.has_work:
-        for arrival in [w for w in waiting if w[0] <= tick]:
-            waiting.remove(arrival)
-            running.append(engine.add(arrival[1], greedy(arrival[2])))
-        if tick in abort_at and running:
-            engine.forget(running.pop(data.draw(st.integers(0, len(running) - 1))))
-        engine.step()
-        engine.check_integrity()
-        finished = [r for r in running if engine.is_done(r)]
-        running = [r for r in running if r not in finished]
-        done += [engine.result(r) for r in finished]
-        tick += 1
-        assert tick < 2000, "not everyone finishes"
-    for output in done:
-        assert output.outputs[0].finish_reason == "length"
-        assert_exact(model, output)
+    play_any_mix(data, served_model(data.draw(st.integers(0, len(SERVED) - 1))))
 
 
 @pytest.mark.parametrize("limit", [1, 2])

@@ -9,6 +9,7 @@ import pytest
 from support_engine import (
     SERVED,
     assert_exact,
+    assert_pages_hold_what_is_active,
     greedy,
     new_engine,
     pages_for,
@@ -100,25 +101,12 @@ def test_requests_are_admitted_in_order_of_arrival() -> None:
 @pytest.mark.parametrize("index", [0, 4, 6, 9, 12, 18, 26, 27])
 def test_pages_hold_what_is_active_and_nothing_else(index: int) -> None:
     """Tokens stored are the (token, depth) pairs that ran, exactly, in every tick."""
-    model = served_model(index)
-    engine = new_engine(model, enable_prefix_caching=False)
+    engine = new_engine(served_model(index), enable_prefix_caching=False)
     for i in range(4):
         engine.add(prompt_of(3 + 6 * i, seed=i), greedy(10))
-    shared = model.config.kv_strategy == "shared"
     while engine.has_work:
         engine.step()
-        scheduler, runner = engine.scheduler, engine.runner
-        own = block = 0
-        for request in scheduler.running:
-            own += request.num_started
-            block += sum(1 if shared else d for d in request.depths[: request.num_done])
-        for flight in (*scheduler.in_block, *scheduler.ready):
-            depths = runner.depth[flight.rows]
-            block += len(depths) if shared else int(depths.sum())
-        assert engine.blocks.tokens_stored == (own, block)
-        layers = model.config.num_own_layers * own + model.config.num_block_layers * block
-        per_layer = 2 * model.config.num_key_value_heads * model.config.head_dim * 8
-        assert engine.kv_bytes == layers * per_layer
+        assert_pages_hold_what_is_active(engine)
 
 
 def test_the_vanilla_twin_takes_one_call_of_each_group_a_token() -> None:

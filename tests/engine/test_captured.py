@@ -1,0 +1,380 @@
+"""Ticks on the device alone give what the plain model gives, and the host's books stay right.
+
+On a CPU the same tick runs op by op; the marked cases capture it on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support_engine import (
+    SERVED,
+    assert_exact,
+    assert_pages_hold_what_is_active,
+    assert_same_up_to_ties,
+    greedy,
+    mixed_prompts,
+    new_engine,
+    pages_for,
+    play_any_mix,
+    prompt_of,
+    run_twice_and_check,
+    served_model,
+)
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mor.engine.captured import CapturedTicks
+from mor.engine.engine import Engine
+from mor.engine.params import SamplingParams
+from mor.model.mor import MoR
+
+CAPTURED = [
+    index
+    for index, (_, fields) in enumerate(SERVED)
+    if not isinstance(fields, dict) or not ({"lora_rank", "sharing"} & fields.keys())
+]
+"""models that ticks on the device serve"""
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        torch.use_deterministic_algorithms(False)  # it refuses cumulated sums there
+    return request.param
+
+
+@functools.cache
+def model_on(device: str, index: int, dtype: torch.dtype = torch.float64) -> MoR:
+    model = served_model(index, dtype)
+    return model if device == "cpu" else copy.deepcopy(model).to(device)
+
+
+def captured_engine(model: MoR, *, lag: int = 2, **values) -> Engine:
+    engine = new_engine(model, **{"capture": "on"} | values)
+    ticks_of(engine).lag = lag
+    return engine
+
+
+def ticks_of(engine: Engine) -> CapturedTicks:
+    assert engine.captured is not None
+    return engine.captured
+
+
+def step_until(engine: Engine, is_reached: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if is_reached():
+            return
+        engine.step()
+        engine.check_integrity()
+    raise AssertionError("never reached")
+
+
+def run_out(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("index", CAPTURED)
+def test_a_cache_filled_by_captured_ticks_changes_nothing(index: int, device: str) -> None:
+    """The same prompts twice, and a prompt that is another's prompt and answer."""
+    model = served_model(index)
+    engine = captured_engine(
+        model_on(device, index), lag=1 + index % 4, max_num_batched_tokens=9, block_size=4
+    )
+    assert sum(run_twice_and_check(engine, 1, oracle=model)) > 60
+    (first,) = engine.generate([prompt_of(6, seed=1)], greedy(20))
+    longer = first.prompt_token_ids + first.outputs[0].token_ids
+    (second,) = engine.generate([longer], greedy(9))
+    assert second.num_cached_tokens == 24, "the answer itself is kept"
+    for output in (first, second):
+        assert_exact(model, output)
+    engine.check_integrity()
+    assert ticks_of(engine).num_launched > 40
+    if device == "cuda":
+        assert ticks_of(engine).graphs.num_captured > 0
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_mix_of_arrivals_aborts_and_sizes_is_exact(data: st.DataObject) -> None:
+    new = functools.partial(captured_engine, lag=data.draw(st.integers(1, 4)))
+    play_any_mix(data, served_model(data.draw(st.sampled_from(CAPTURED))), new, max_new=20)
+
+
+@pytest.mark.parametrize(("index", "lag"), [(0, 1), (5, 2), (8, 3), (9, 4), (28, 1), (31, 4)])
+def test_preemption_between_stretches_changes_nothing(index: int, lag: int, device: str) -> None:
+    model = served_model(index)
+    room = pages_for(model, 38, 4, 1.1)
+    engine = captured_engine(model_on(device, index), lag=lag, kv_cache_bytes=room, max_num_seqs=5)
+    ids = [engine.add(prompt_of(3 + i, seed=i), greedy(30)) for i in range(5)]
+    run_out(engine)
+    for request_id in ids:
+        assert_exact(model, engine.result(request_id))
+    assert engine.scheduler.num_preemptions > 0 and ticks_of(engine).num_launched > 20
+
+
+@pytest.mark.parametrize(("index", "lag"), [(0, 1), (4, 3), (7, 2), (11, 4), (27, 1), (28, 3)])
+def test_pages_hold_what_is_active_whenever_a_stretch_ends(index: int, lag: int) -> None:
+    """A stretch is ended after every few ticks; flights then stand where the device left them."""
+    engine = captured_engine(served_model(index), lag=lag, enable_prefix_caching=False)
+    ticks, ends = ticks_of(engine), 0
+    ids = [engine.add(prompt_of(3 + i, seed=i), greedy(20)) for i in range(4)]
+    launch, left = ticks.launch, [1]
+
+    def launch_some() -> bool:
+        left[0] -= 1
+        return left[0] >= 0 and launch()
+
+    ticks.launch = launch_some
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+        if not ticks.is_running:
+            assert_pages_hold_what_is_active(engine)
+            ends += left[0] < 0
+            left[0] = 1 + ends % 7
+    assert ends > 6
+    for request_id in ids:
+        assert_exact(engine.model, engine.result(request_id))
+
+
+@pytest.mark.parametrize("num_others", [0, 10])
+@pytest.mark.parametrize("lag", [1, 4])
+def test_a_stop_in_the_middle_ends_one_request_alone(
+    num_others: int, lag: int, device: str
+) -> None:
+    """Also one that the device does not know, since it keeps but some ids: the rest is dropped."""
+    model = model_on(device, 0)
+    prompts = [prompt_of(4 + i, seed=i) for i in range(3)]
+    engine = captured_engine(model, lag=lag)
+    whole = [o.outputs[0] for o in captured_engine(model).generate(prompts, greedy(24))]
+    tokens = whole[1].token_ids
+    stop = next(
+        token for place, token in enumerate(tokens) if place > 7 and token not in tokens[:place]
+    )
+    others = [token for token in range(61) if token not in tokens][:num_others]
+    params = greedy(24, stop_token_ids=[*others, stop])
+    outputs = [o.outputs[0] for o in engine.generate(prompts, [greedy(24), params, greedy(24)])]
+    engine.check_integrity()
+    end = tokens.index(stop) + 1
+    assert outputs[1].token_ids == tokens[:end] and outputs[1].finish_reason == "stop"
+    assert outputs[1].depths == whole[1].depths[: end - 1]
+    assert [outputs[0], outputs[2]] == [whole[0], whole[2]]
+
+
+def test_draws_are_those_of_the_ordinary_path(device: str) -> None:
+    model = model_on(device, 0)
+    params = [
+        SamplingParams(max_tokens=15, temperature=t, seed=7, n=n, ignore_eos=True)
+        for t, n in ((0.7, 2), (0.0, 1), (1.9, 1))
+    ]
+    prompts = [prompt_of(5 + i, seed=i) for i in range(3)]
+    plain, ticked = (new_engine(model, capture=capture) for capture in ("off", "on"))
+    assert ticked.generate(prompts, params) == plain.generate(prompts, params)
+    assert ticks_of(ticked).num_launched > 20
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0.5, "temperature": 1}, {"logprobs": 1}])
+def test_a_wish_that_the_device_does_not_serve_keeps_the_batch(fields: dict) -> None:
+    engine = captured_engine(served_model(0))
+    ticks = ticks_of(engine)
+    special = engine.add(prompt_of(4, seed=1), SamplingParams(max_tokens=9, seed=1, **fields))
+    other = engine.add(prompt_of(4, seed=2), greedy(30))
+    step_until(engine, lambda: engine.is_done(special))
+    assert ticks.num_launched == 0
+    run_out(engine)
+    assert ticks.num_launched > 10
+    assert_exact(engine.model, engine.result(other))
+
+
+def test_an_abort_or_a_callback_that_raises_ends_its_request_in_a_stretch() -> None:
+    engine = captured_engine(served_model(0), lag=3)
+    seen: list[int] = []
+
+    def raise_late(piece) -> None:
+        seen.extend(piece.token_ids)
+        if len(seen) > 5:
+            raise RuntimeError("a bug of the caller")
+
+    keep, gone = (engine.add(prompt_of(5, seed=i), greedy(40)) for i in (1, 2))
+    broken = engine.add(prompt_of(5, seed=3), greedy(40), on_output=raise_late)
+    ticks = ticks_of(engine)
+    step_until(engine, lambda: ticks.num_launched > 6)
+    engine.abort(gone)
+    engine.check_integrity()
+    assert ticks.is_running, "the others go on"
+    step_until(engine, lambda: engine.is_done(broken))
+    assert "a bug of the caller" in str(engine.result(broken).outputs[0].error)
+    run_out(engine)
+    assert_exact(engine.model, engine.result(keep))
+    for request_id in (keep, gone, broken):
+        engine.forget(request_id)
+    engine.abort(engine.add(prompt_of(3, seed=1), greedy(3)))
+    engine.check_integrity()
+
+
+def test_aborting_everyone_ends_the_stretch_at_once() -> None:
+    engine = captured_engine(served_model(0))
+    ids = [engine.add(prompt_of(5, seed=i), greedy(40)) for i in range(3)]
+    step_until(engine, lambda: ticks_of(engine).num_unread == 2)
+    for request_id in ids:
+        engine.forget(request_id)
+    assert not engine.has_work and not ticks_of(engine).is_running
+    engine.check_integrity()
+    (output,) = engine.generate([prompt_of(5, seed=9)], greedy(9))
+    assert_exact(engine.model, output)
+
+
+def test_a_prompt_that_waits_ends_the_stretch_when_it_can_be_admitted() -> None:
+    engine = captured_engine(served_model(0), max_num_seqs=2)
+    ticks = ticks_of(engine)
+    for i, length in enumerate((40, 12)):
+        engine.add(prompt_of(4, seed=i), greedy(length))
+    step_until(engine, lambda: ticks.is_running)
+    late = engine.add(prompt_of(9, seed=5), greedy(4))
+    (request,) = engine.requests[late]
+    step_until(engine, lambda: len(engine.scheduler.free_slots) == 1)
+    assert request.slot < 0, "there was no place before"
+    for _ in range(3):
+        engine.step()
+    assert request.num_started > 0
+    run_out(engine)
+    assert_exact(engine.model, engine.result(late))
+
+
+def test_rows_that_end_leave_a_smaller_graph() -> None:
+    engine = captured_engine(served_model(0), max_num_seqs=12, max_num_batched_tokens=40)
+    ticks, sizes = ticks_of(engine), set()
+    run = ticks.graphs.run
+
+    def noted(num_rows: int, *, draws: bool) -> None:
+        sizes.add(num_rows)
+        run(num_rows, draws=draws)
+
+    ticks.graphs.run = noted
+    outputs = engine.generate(
+        [prompt_of(4, seed=i) for i in range(12)], [greedy(8 + 2 * i) for i in range(12)]
+    )
+    assert sizes == {8, 12}
+    for output in outputs:
+        assert_exact(engine.model, output)
+
+
+def test_logits_that_are_not_finite_end_one_request() -> None:
+    engine = captured_engine(served_model(0))
+    argmax, calls = engine.groups.argmax, [0]
+
+    def broken(logit_NV: Tensor) -> Tensor:
+        calls[0] += 1
+        best_N = argmax(logit_NV)
+        return best_N.index_fill(0, torch.tensor([0]), -1) if calls[0] > 9 else best_N
+
+    ids = [engine.add(prompt_of(5, seed=i), greedy(20)) for i in range(2)]
+    step_until(engine, lambda: ticks_of(engine).is_running)
+    engine.groups.argmax = broken
+    run_out(engine)
+    first, second = (engine.result(request_id).outputs[0] for request_id in ids)
+    assert first.finish_reason == "error" and "not finite" in str(first.error)
+    assert len(second.token_ids) == 20
+
+
+def test_the_vanilla_twin_runs_on_the_device_too(device: str) -> None:
+    twin = MoR(served_model(0).config.twin()).double()
+    engine = captured_engine(copy.deepcopy(twin).to(device))
+    for output in engine.generate(mixed_prompts(2), greedy(9)):
+        assert_exact(twin, output)
+    assert ticks_of(engine).num_launched > 8
+
+
+@pytest.mark.parametrize("index", [0, 6, 12, 28])
+def test_triton_kernels_in_captured_ticks_give_the_plain_models_answers(
+    index: int, device: str
+) -> None:
+    pytest.importorskip("triton")
+    model = served_model(index, torch.float32)
+    engine = captured_engine(model_on(device, index, torch.float32), backend="triton")
+    count = 3 if device == "cpu" else 12
+    outputs = engine.generate([prompt_of(1 + 7 * i % 38, seed=i) for i in range(count)], greedy(10))
+    engine.check_integrity()
+    held = sum(assert_same_up_to_ties(model, output) for output in outputs)
+    assert held / (10 * count) > 0.6
+    assert ticks_of(engine).num_launched > 5
+
+
+ASKS = {"item", "tolist", "numpy", "cpu", "nonzero", "argwhere", "masked_select", "unique"}
+ASKS |= {"unique_consecutive", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__"}
+MAKES = {"tensor", "as_tensor", "from_numpy", "new_tensor"}
+"""They copy from the host's memory, which a capture refuses."""
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "lift_fresh"}
+WAITS |= {"_unique2", "unique_consecutive", "unique_dim", "equal"}
+
+
+class NoQuestions(TorchFunctionMode):
+    """Refuses calls by which the host learns a number of the device, or gives it one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in ASKS | MAKES, f"{name} is called in a tick"
+        return func(*args, **(kwargs or {}))
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses the operators below them, and indices by a mask, which ask how much is True."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in WAITS, f"{name} runs in a tick"
+        if name in ("index", "index_put", "index_put_"):
+            indices = list(args)[1]
+            assert all(i is None or i.dtype != torch.bool for i in indices), "a mask as an index"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("index", CAPTURED)
+def test_a_tick_never_asks_the_device(index: int) -> None:
+    engine = captured_engine(served_model(index))
+    ticks, watched = ticks_of(engine), [0]
+    run = ticks.tick.run
+
+    def watch(num_rows: int, *, draws: bool) -> None:
+        with NoQuestions(), NoWaits():
+            run(num_rows, draws=draws)
+        watched[0] += 1
+
+    ticks.tick.run = watch
+    drawn = SamplingParams(max_tokens=9, temperature=1, seed=1, ignore_eos=True)
+    engine.generate([prompt_of(5, seed=i) for i in range(3)], [greedy(20), drawn, greedy(9)])
+    assert watched[0] > 10
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.tensor(1.0),
+    ],
+)
+def test_the_watch_over_ticks_sees_what_asks(ask: Callable[[Tensor], object]) -> None:
+    with pytest.raises(AssertionError), NoQuestions(), NoWaits():
+        ask(torch.arange(3))
+
+
+def test_capture_is_refused_where_it_cannot_be_had() -> None:
+    with pytest.raises(ValueError, match="capture is on"):
+        new_engine(served_model(SERVED.index(("expert_choice", {"sharing": "none"}))), capture="on")
+    with pytest.raises(ValueError, match="capture is 'maybe'"):
+        new_engine(served_model(0), capture="maybe")
+    assert new_engine(served_model(0)).captured is None, "auto is off on a CPU"
