@@ -22,7 +22,7 @@ import tyro
 
 import mor
 from mor.bench.config import BenchTrainConfig
-from mor.bench.serve_config import BenchDecodeConfig
+from mor.bench.serve_config import BenchDecodeConfig, BenchPrefillConfig
 from mor.config import ModelConfig, check_choice
 from mor.data.config import PrepareConfig
 from mor.engine.config import Backend
@@ -206,6 +206,15 @@ class BenchDecode:
     """print one JSON object as the last line"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchPrefill:
+    """Time reading prompts with MoR and its vanilla twin."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchPrefillConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
 def run_demo(args: Demo) -> dict[str, Any]:
     from mor.demo import demo
 
@@ -334,6 +343,15 @@ def run_bench_decode(args: BenchDecode) -> dict[str, Any]:
     return result
 
 
+def run_bench_prefill(args: BenchPrefill) -> dict[str, Any]:
+    from mor.bench.prefill import bench_prefill
+    from mor.bench.serve_table import print_prefill
+
+    result = bench_prefill(args.config)
+    print_prefill(result, sys.stderr if args.json else sys.stdout)
+    return result
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "demo": (Demo, run_demo),
     "prepare": (Prepare, run_prepare),
@@ -344,6 +362,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "plan": (Plan, run_plan),
     "bench train": (BenchTrain, run_bench_train),
     "bench decode": (BenchDecode, run_bench_decode),
+    "bench prefill": (BenchPrefill, run_bench_prefill),
 }
 GROUPS = ("bench",)
 """first words of commands of two words"""

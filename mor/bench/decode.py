@@ -9,38 +9,30 @@ times comes before every round; what they allow is the prediction, and efficienc
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
-from mor.bench.predict import Layers, Prediction, efficiency, predict
-from mor.bench.serve import Run, largest_in_flight, new_engine, run_trace
+from mor.bench.contest import Contest, Side, build_side
+from mor.bench.predict import Prediction
+from mor.bench.serve import largest_in_flight
 from mor.bench.serve_config import (
     FULL_MIX,
     MAX_SLOTS,
     QUICK_MIX,
     REQUESTS_PER_SLOT,
     BenchDecodeConfig,
-    served_config,
 )
+from mor.bench.serve_models import about, build_model, build_twin
 from mor.bench.serve_report import cell_of, longest_context, row_of, summary
 from mor.bench.tables import TableMaker, Tables
 from mor.bench.train import in_order
-from mor.bench.verify import Verified, check_mean_depth, verify
+from mor.bench.verify import check_mean_depth
 from mor.bench.workload import RequestSpec, cut_prompts, make_trace, read_trace
-from mor.checkpoint import load_model
 from mor.config import ModelConfig
-from mor.engine.engine import Engine
 from mor.log import progress
 from mor.model.mor import MoR
-from mor.ops.device import describe_machine, pick_device, pick_dtype
+from mor.ops.device import pick_device, pick_dtype
 from mor.tokenizer import Tokenizer
-from mor.train.metrics import peak_memory_bytes
 
-VERIFIED_REQUESTS = 3
-VERIFIED_TOKENS = 12
 SEARCH_RUNS = 5
 
 
@@ -52,36 +44,6 @@ class Cell(NamedTuple):
     in_flight: int
     is_drawn: bool
     """depths are drawn, not a trained router's"""
-
-
-@dataclass(slots=True, eq=False)
-class Side:
-    """A model of a cell on its engine."""
-
-    name: str
-    engine: Engine
-    trace: list[RequestSpec]
-    verified: Verified
-    warm: Run
-    """a whole run, which tells the depth of every token"""
-    most: int = 0
-    """requests that run at a time in the bytes that both have"""
-
-    @property
-    def model(self) -> MoR:
-        return self.engine.model
-
-
-@dataclass(slots=True, eq=False)
-class Contest:
-    """A side at a number of requests in flight, and its runs."""
-
-    side: Side
-    in_flight: int
-    runs: list[Run] = field(default_factory=list)
-
-    def rates(self) -> list[float]:
-        return [run.window.tokens_per_s for run in self.runs]
 
 
 def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
@@ -99,45 +61,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
             trace = build_trace(config, mor.config, in_flight)
             cells.append(bench_cell(config, Cell(mor, trace, in_flight, config.model is None)))
             gc.collect()
-    return {
-        **summary(cells),
-        "cells": cells,
-        "machine": describe_machine(),
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "settings": settings_of(config),
-    }
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """Return a benchmark's settings as JSON has them."""
-    names = [name for one in type(config).__mro__ for name in getattr(one, "__slots__", ())]
-    values = {name: getattr(config, name) for name in names}
-    values = {
-        k: v if isinstance(v, (int, tuple)) or v is None else str(v) for k, v in values.items()
-    }
-    return {**values, "rounds": config.num_rounds}
-
-
-def build_model(config: Any, recursions: int, *, dtype: torch.dtype, device: torch.device) -> MoR:
-    """Load the trained model, or make one of the shape with fresh weights."""
-    if config.model is not None:
-        model = load_model(config.model, dtype=dtype, device=device)
-        if model.config.num_recursions == 1:
-            raise ValueError(
-                f"{config.model} has one recursion; give a MoR, its twin runs beside it"
-            )
-        return model
-    torch.manual_seed(config.seed)
-    return MoR(served_config(config.shape, recursions)).to(dtype=dtype, device=device).eval()
-
-
-def build_twin(mor: MoR, seed: int) -> MoR:
-    """Make the vanilla model of equal unrolled layers; its time does not depend on its weights."""
-    torch.manual_seed(seed)
-    weight = mor.model.embed_tokens.weight
-    return MoR(mor.config.twin()).to(dtype=weight.dtype, device=weight.device).eval()
+    return {**summary(cells), "cells": cells, **about(config, device, dtype)}
 
 
 def build_trace(config: BenchDecodeConfig, model: ModelConfig, in_flight: int) -> list[RequestSpec]:
@@ -188,14 +112,7 @@ def bench_cell(config: BenchDecodeConfig, cell: Cell) -> dict[str, Any]:
         for round_ in range(config.num_rounds):
             maker.sweep()
             for contest in in_order(list(dict.fromkeys(contests.values())), round_):
-                contest.runs.append(
-                    run_trace(
-                        contest.side.engine,
-                        contest.side.trace,
-                        in_flight=contest.in_flight,
-                        until_dry=True,
-                    )
-                )
+                contest.run(until_dry=True)
             rates = (contests["fixed_batch", "mor"], contests["fixed_batch", "twin"])
             ratio = rates[0].rates()[-1] / rates[1].rates()[-1]
             bar.advance(1, note=f"{ratio:.2f} times the twin")
@@ -213,41 +130,19 @@ def build_sides(config: BenchDecodeConfig, cell: Cell, name: str) -> tuple[Side,
     MoR has the bytes that the twin filled, or what the user gives to both.
     """
     bare = [request._replace(depths=()) for request in cell.trace]
-    twin = _side(config, cell, "twin", build_twin(cell.mor, config.seed), bare)
-    kv_budget = config.kv_cache_bytes or twin.warm.peak_pages * twin.engine.page_bytes
-    mor = _side(config, cell, name, cell.mor, cell.trace, kv_budget)
+    sizes = {
+        "in_flight": cell.in_flight,
+        "max_requests": MAX_SLOTS * cell.in_flight,
+        "max_rows": num_rows(config, cell),
+    }
+    given = config.kv_cache_bytes
+    model = build_twin(cell.mor, config.seed)
+    twin = build_side("twin", model, bare, kv_cache_bytes=given, **sizes)
+    kv_budget = given or twin.warm.peak_pages * twin.engine.page_bytes
+    mor = build_side(name, cell.mor, cell.trace, kv_cache_bytes=kv_budget, **sizes)
     if cell.is_drawn and not any(request.depths for request in cell.trace):
         check_mean_depth(mor.warm.depths, mor.model.config, name=name)
     return twin, mor
-
-
-def _side(
-    config: BenchDecodeConfig,
-    cell: Cell,
-    name: str,
-    model: MoR,
-    trace: list[RequestSpec],
-    kv_cache_bytes: int = 0,
-) -> Side:
-    engine = new_engine(
-        model,
-        max_requests=MAX_SLOTS * cell.in_flight,
-        max_rows=num_rows(config, cell),
-        max_model_len=max(request.num_tokens for request in trace),
-        kv_cache_bytes=kv_cache_bytes or config.kv_cache_bytes,
-    )
-    few = [
-        request._replace(output_len=min(request.output_len, VERIFIED_TOKENS), depths=())
-        for request in trace[:VERIFIED_REQUESTS]
-    ]
-    verified = verify(engine, few, name=name)
-    warm = run_trace(engine, trace, in_flight=cell.in_flight)
-    if warm.is_short:
-        raise ValueError(
-            f"{cell.in_flight} requests of {name} do not fit into kv_cache_bytes "
-            f"{engine.blocks.num_pages * engine.page_bytes}; give more bytes or fewer in_flight"
-        )
-    return Side(name, engine, trace, verified, warm)
 
 
 def make_contests(
@@ -290,8 +185,7 @@ def report_cell(
     rows = []
     for (regime, which), contest in contests.items():
         if contest not in predictions:
-            predictions[contest] = _predict(contest, tables, num_rows(config, cell))
-        shares = efficiencies(contest.runs, predictions[contest])
+            predictions[contest] = contest.predict(tables, max_rows=num_rows(config, cell))
         longest = longest_context(contest.side.engine, contest.side.warm.depths, kv_budget)
         rows.append(
             row_of(
@@ -301,7 +195,6 @@ def report_cell(
                 name=contest.side.name,
                 model=contest.side.model,
                 prediction=predictions[contest],
-                efficiencies=shares,
                 most_requests=contest.side.most,
                 longest_context=longest,
                 verified=contest.side.verified,
@@ -321,22 +214,3 @@ def report_cell(
         depths_are="drawn" if cell.is_drawn else "trained",
         tables=tables.to_dict(),
     )
-
-
-def _predict(contest: Contest, tables: Tables, max_rows: int) -> Prediction:
-    """Replay the first timed run; what it did not reach has the depths of the warm-up."""
-    side, run = contest.side, contest.runs[0]
-    depths = [one.depths for one in side.warm.served]
-    for index, one in enumerate(run.served):
-        depths[index] = one.depths + depths[index][len(one.depths) :]
-    trace = [
-        request._replace(depths=tuple(known))
-        for request, known in zip(side.trace, depths, strict=True)
-    ]
-    layers = Layers.of(side.model.config)
-    return predict(tables, layers, trace, in_flight=contest.in_flight, max_rows=max_rows)
-
-
-def efficiencies(runs: Sequence[Run], prediction: Prediction) -> list[float]:
-    """Return each run's efficiency."""
-    return [efficiency(run.window, prediction.window) for run in runs]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mor.bench.predict import Prediction, is_valid
+from mor.bench.predict import Prediction, efficiency, is_valid
 from mor.bench.serve import Run
 from mor.bench.train import spread
 from mor.bench.verify import Verified
@@ -66,7 +66,6 @@ def row_of(
     name: str,
     model: MoR,
     prediction: Prediction,
-    efficiencies: Sequence[float],
     most_requests: int,
     longest_context: int,
     verified: Verified,
@@ -77,7 +76,7 @@ def row_of(
     gaps_ms = [1e3 * seconds for run in runs for seconds in run.gaps_s()]
     depths = [depth for run in runs for depth in run.depths]
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    efficiency = statistics.median(efficiencies)
+    share = statistics.median(efficiency(run.window, prediction.window) for run in runs)
     return {
         "regime": regime,
         "side": side,
@@ -87,8 +86,8 @@ def row_of(
         "tokens_per_s_rounds": rates,
         "predicted_tokens_per_s": prediction.window.tokens_per_s,
         "predicted_coda_period": prediction.period,
-        "efficiency": efficiency,
-        "is_valid": is_valid(efficiency),
+        "efficiency": share,
+        "is_valid": is_valid(share),
         "ttft_p50_ms": _percentile(ttft_ms, 50),
         "ttft_p99_ms": _percentile(ttft_ms, 99),
         "inter_token_p50_ms": _percentile(gaps_ms, 50),

@@ -19,7 +19,17 @@ DECODE_COLUMNS = (
     "most",
     "longest",
 )
-PREFILL_COLUMNS = ("prompt", "times twin", "quartiles", "tokens/s", "twin's", "first token ms")
+PREFILL_COLUMNS = (
+    "prompt",
+    "times twin",
+    "quartiles",
+    "tokens/s",
+    "twin's",
+    "efficiency",
+    "twin's",
+    "first token ms",
+    "twin's",
+)
 
 
 def print_decode(result: dict[str, Any], file: TextIO) -> None:
@@ -70,7 +80,10 @@ def print_prefill(result: dict[str, Any], file: TextIO) -> None:
             f"{cell['speedup_q1']:.3f}-{cell['speedup_q3']:.3f}",
             human_count(cell["tokens_per_s"]),
             human_count(cell["twin_tokens_per_s"]),
-            f"{cell['ttft_ms']:.1f} / {cell['twin_ttft_ms']:.1f}",
+            f"{cell['efficiency']:.3f}",
+            f"{cell['twin_efficiency']:.3f}" + ("" if cell["is_valid"] else " INVALID"),
+            f"{cell['ttft_ms']:.1f}",
+            f"{cell['twin_ttft_ms']:.1f}",
         )
     console.print(table)
 

@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support_bench import MIX, tiny_shapes
 
 from mor.bench import decode, serve_config
-from mor.bench.decode import bench_decode, build_model, build_twin
+from mor.bench.decode import bench_decode
 from mor.bench.serve import largest_in_flight, new_engine, run_trace
-from mor.bench.serve_config import BenchDecodeConfig, Lengths, Mix
+from mor.bench.serve_config import BenchDecodeConfig
+from mor.bench.serve_models import build_model, build_twin
 from mor.bench.serve_report import HEADLINE, longest_context, speedup_bound
 from mor.bench.serve_table import print_decode, verdict
 from mor.bench.verify import check_mean_depth, verify
 from mor.bench.workload import make_trace
 from mor.cli import main
-from mor.config import ModelConfig
 from mor.engine.blocks import Layout
 from mor.model.mor import MoR
 
-TINY = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=14,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=64,
-)
-MIX = Mix(Lengths(10, 4, 20), Lengths(10, 6, 20))
 
-
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(serve_config._BASES, "small", TINY)
-        patch.setattr(decode, "QUICK_MIX", MIX)
-        patch.setattr("mor.bench.tables.ROWS", (1, 4))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a second one only waits, for layers as small as these
+@pytest.fixture(scope="module", autouse=True)
+def tiny() -> Iterator[None]:
+    with tiny_shapes():
         yield
-        torch.set_num_threads(threads)
 
 
 def settings(**fields: Any) -> BenchDecodeConfig:
@@ -58,7 +43,7 @@ def tiny_mor() -> MoR:
 
 
 @pytest.fixture(scope="module")
-def result(tiny: None) -> dict[str, Any]:
+def result() -> dict[str, Any]:
     return bench_decode(settings())
 
 
@@ -104,7 +89,7 @@ def test_verdict_marks_a_run_that_beats_its_kernels(result):
     assert [line for line in lines if "INVALID" in line and "1.050 times as quick" in line]
 
 
-def test_a_trace_says_how_deep_its_tokens_go(tiny: None, tmp_path: Path):
+def test_a_trace_says_how_deep_its_tokens_go(tmp_path: Path):
     path = tmp_path / "trace.jsonl"
     depths = [[1] * 9, [3] * 9, [2] * 9, [1, 2, 3] * 3]
     lines = [json.dumps({"prompt_len": 4, "output_len": 6, "depths": one}) for one in depths]
@@ -118,7 +103,7 @@ def test_a_trace_says_how_deep_its_tokens_go(tiny: None, tmp_path: Path):
     assert row["verified"]["num_tokens"] > 0
 
 
-def test_a_right_engine_is_verified_and_a_wrong_one_found(tiny: None):
+def test_a_right_engine_is_verified_and_a_wrong_one_found():
     trace = make_trace(2, MIX, vocab_size=64, seed=0)
     mor = tiny_mor()
     engine = new_engine(mor, max_requests=2, max_rows=32, max_model_len=40)
@@ -130,7 +115,7 @@ def test_a_right_engine_is_verified_and_a_wrong_one_found(tiny: None):
         verify(engine, trace, name="mor3")
 
 
-def test_depths_that_are_not_the_models_are_found(tiny: None, monkeypatch: Any):
+def test_depths_that_are_not_the_models_are_found(monkeypatch: Any):
     trace = make_trace(2, MIX, vocab_size=64, seed=0)
     engine = new_engine(tiny_mor(), max_requests=2, max_rows=32, max_model_len=40)
     right = engine.generate
@@ -145,14 +130,14 @@ def _deeper(outputs: list[Any]) -> list[Any]:
     return outputs
 
 
-def test_a_mean_depth_that_misses_the_capacities_is_found(tiny: None):
+def test_a_mean_depth_that_misses_the_capacities_is_found():
     config = tiny_mor().config
     assert check_mean_depth([1, 2, 3] * 100, config, name="mor3") == 2
     with pytest.raises(RuntimeError, match=r"mor3: the mean depth is 2.500 .* 2.000 should be"):
         check_mean_depth([2, 3] * 100, config, name="mor3")
 
 
-def test_the_most_requests_are_found_by_filling_pages(tiny: None):
+def test_the_most_requests_are_found_by_filling_pages():
     mor, trace = tiny_mor(), make_trace(40, MIX, vocab_size=64, seed=0)
     layout = Layout.of(mor.config, serve_config.BLOCK_SIZE)
     engine = new_engine(
@@ -168,7 +153,7 @@ def test_the_most_requests_are_found_by_filling_pages(tiny: None):
     assert run_trace(engine, trace, in_flight=30, ends_when_short=True).is_short
 
 
-def test_a_run_keeps_so_many_requests_in_flight_and_ends_idle(tiny: None):
+def test_a_run_keeps_so_many_requests_in_flight_and_ends_idle():
     trace = make_trace(12, MIX, vocab_size=64, seed=0)
     engine = new_engine(tiny_mor(), max_requests=8, max_rows=32, max_model_len=40)
     run = run_trace(engine, trace, in_flight=3)
@@ -188,7 +173,7 @@ def test_the_bound_is_that_of_the_layers_and_the_head():
     assert speedup_bound(config, 4) == 1
 
 
-def test_the_longest_context_fills_the_bytes(tiny: None):
+def test_the_longest_context_fills_the_bytes():
     engine = new_engine(tiny_mor(), max_requests=1, max_rows=32, max_model_len=40)
     layout, depths = engine.layout, [1, 2, 3]
     tokens = longest_context(engine, depths, 30 * engine.page_bytes)
