@@ -235,7 +235,9 @@ def _draw(score_MV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         share_MV = score_MV.softmax(1)
         _keep_top_p(share_MV, rows)
         _keep_min_p(share_MV, rows)
-        drawn_M1 = _inverse_cdf(share_MV, rows)
+        places = [(row.seed, row.sample, row.output_length) for row in rows]
+        draw_M = hash_draw(*torch.tensor(places, dtype=torch.int64).T)
+        drawn_M1 = inverse_cdf(share_MV, draw_M.to(share_MV.device)[:, None])
         # Sums made in parallel may grow by rounding where a share of 0 was added.
         is_drawn_M1 = torch.tensor([[t > 0] for t in temperatures], device=score_MV.device)
         is_drawn_M1 &= share_MV.gather(1, drawn_M1) > 0
@@ -309,11 +311,8 @@ def _keep_min_p(share_MV: Tensor, rows: Sequence[SampleRow]) -> None:
         share_MV.masked_fill_(share_MV < floor_M1, 0.0)
 
 
-def _inverse_cdf(share_MV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Return the first token (M, 1) whose cumulated share exceeds the row's draw."""
-    places = [(row.seed, row.sample, row.output_length) for row in rows]
-    seed_M, sample_M, step_M = torch.tensor(places, dtype=torch.int64).T
-    draw_M1 = hash_draw(seed_M, sample_M, step_M).to(share_MV.device)[:, None]
+def inverse_cdf(share_MV: Tensor, draw_M1: Tensor) -> Tensor:
+    """Return the first token (M, 1) whose cumulated share exceeds the draw, fp64 of [0, 1)."""
     total_MV = share_MV.cumsum(1, dtype=torch.float64)
     aim_M1 = draw_M1 * total_MV[:, -1:]
     return torch.searchsorted(total_MV, aim_M1, right=True).clamp(max=share_MV.shape[1] - 1)

@@ -147,17 +147,21 @@ class Scheduler:
     def _admit(self, budget: int) -> list[tuple[int, int]]:
         """Let waiting requests in while slots, pages and rows last; returns pages to copy."""
         copies: list[tuple[int, int]] = []
-        while self.waiting and self.free_slots and budget > 0:
-            request = self.waiting[0]
-            if self.running and self._pages_expected(request) > self.blocks.num_available:
-                break
-            self.waiting.popleft()
+        while budget > 0 and self.can_admit():
+            request = self.waiting.popleft()
             request.slot = self.free_slots.pop()
             self.blocks.open(request.slot, request.policy.max_recursions)
             self._place(request)
             copies += self._adopt_prefix(request)
             budget -= self._chunk(request, budget)
         return copies
+
+    def can_admit(self) -> bool:
+        """Tell whether slots and pages last for the next waiting request."""
+        if not (self.waiting and self.free_slots):
+            return False
+        expected = self._pages_expected(self.waiting[0])
+        return not self.running or expected <= self.blocks.num_available
 
     def _place(self, request: Request) -> None:
         """Put a request among the running ones, in order of arrival."""
@@ -222,10 +226,6 @@ class Scheduler:
         if due:
             self.last_coda_tick = self.tick
         return due
-
-    def draw(self, request: Request) -> None:
-        """Note that a request has a token that may enter."""
-        self.drawn.append(request)
 
     def retire(self, flight: Flight) -> None:
         """Free the rows of a flight that is through."""

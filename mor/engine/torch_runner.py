@@ -61,9 +61,28 @@ class TorchRunner(Runner):
             self.blocks.commit(slots, np.zeros_like(slots), call.active, call.length)
             x_ND = self.groups.run("prelude", x_ND, self._own_rows(call, len(rows)))
         self.x.index_copy_(0, index, x_ND)
-        if not self.router.is_token_choice:  # everyone takes recursion 1; its gate is asked for
+        if self.router.is_token_choice:
+            self._choose(call, index, x_ND)
+        else:  # everyone takes recursion 1; its gate is asked for
             self._decide(call, index, np.zeros_like(rows), x_ND)
-            return
+
+    @torch.inference_mode()
+    def resume(self, call: Call, position: Ints, token: Ints, limit: Ints) -> None:
+        """Go on with rows that stand between two recursions; `x` and `start` hold their states.
+
+        limit  most recursions that each row's request may take
+        """
+        rows, index = call.rows, self._tensor(call.rows)
+        self.position[rows], self.token[rows] = position, token
+        self.depth[rows], self.limit[rows], self.is_replayed[rows] = call.recursion, limit, False
+        if self.router.is_token_choice:
+            self._choose(call, index, self.start[index])
+        else:
+            self._decide(call, index, call.recursion, self.x[index])
+
+    def _choose(self, call: Call, index: Tensor, x_ND: Tensor) -> None:
+        """Note what token choice decides about rows that left the prelude."""
+        rows = call.rows
         choice = self.router.choose(x_ND)
         self.start.index_copy_(0, index, x_ND)
         if choice.step_gate_NR is not None:
