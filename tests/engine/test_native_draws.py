@@ -53,7 +53,8 @@ def test_both_draw_the_same_tokens(mix: dict[str, Any], scale: float, seed: int)
 def test_ties_are_kept_and_cut_alike() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]).repeat(300, 1)
     mixes: list[dict[str, Any]] = [{"top_k": 2}, {"top_p": 0.4}, {"min_p": 1.0}]
-    for mix in (*mixes, {"top_k": 1, "top_p": 0.5}):
+    mixes.append({"top_k": 1, "top_p": 0.5})
+    for mix in mixes:
         fast, plain = (s.sample(logits, rows_of(300, **mix)).token_N for s in samplers())
         assert torch.equal(fast, plain)
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "vector.h"
@@ -22,34 +23,45 @@ class RowSampler {
   // Place of the token drawn; -1 where the best logit is not finite. `best` is argmax's answer.
   int64_t run(const float* logits, long count, int64_t best, const Draw& draw) {
     if (best < 0) return -1;
-    const double total = weigh(logits, count, logits[best], float(1.0 / draw.temperature));
+    count_ = count;
+    double total = weigh(logits, logits[best], float(1.0 / draw.temperature));
+    Edge edge{float(draw.min_p), count};
     const bool has_top_k = 0 < draw.top_k && draw.top_k < count;
-    if (!has_top_k && draw.top_p >= 1) {
-      if (draw.min_p == 0) return pick_all(count, total, draw.number);
-      collect(count, float(draw.min_p));
-    } else {
-      keep_best(count, total, has_top_k ? draw.top_k : 0, draw.top_p);
-      const auto below = [&](const Candidate& one) { return one.weight < float(draw.min_p); };
-      kept_.erase(std::remove_if(kept_.begin(), kept_.end(), below), kept_.end());
-      std::sort(kept_.begin(), kept_.end(),
-                [](const Candidate& a, const Candidate& b) { return a.place < b.place; });
+    if (has_top_k || draw.top_p < 1) {
+      fill_buckets();
+      if (has_top_k) {
+        const float last = edge_of(double(draw.top_k), bucket_count_).last;
+        total = mass_from(last);
+        if (last > edge.last) edge = {last, count};  // all that equal the k-th stay
+      }
+      if (draw.top_p < 1) {
+        const Edge by_mass = edge_of(draw.top_p * total, bucket_mass_);
+        if (by_mass.last >= edge.last) edge = by_mass;
+      }
     }
-    return pick(draw.number);
+    return pick(edge, draw.number);
   }
 
  private:
-  struct Candidate {
-    float weight;
-    int32_t place;
+  // Weights above `last` are kept, and `room` of those that equal it, lower places first.
+  struct Edge {
+    float last;
+    int64_t room;
   };
 
+  // A weight's bucket: its exponent and the first bits of its mantissa, so heavier is higher.
+  static constexpr int kShift = 18;
+  static constexpr int kBuckets = (0x3F800000 >> kShift) + 1;  // weights are at most 1
+
+  static int bucket_of(float weight) { return int(bits_as<uint32_t>(weight) >> kShift); }
+
   // Weights exp((logit - best) / temperature), the best one's is 1; returns their sum.
-  double weigh(const float* logits, long count, float best, float factor) {
-    weight_.resize(count);
+  double weigh(const float* logits, float best, float factor) {
+    weight_.resize(count_);
     double total = 0;
     long i = 0;
-    while (i + kLanes <= count) {
-      const long stop = std::min(count - kLanes + 1, i + 64 * kLanes);
+    while (i + kLanes <= count_) {
+      const long stop = std::min(count_ - kLanes + 1, i + 64 * kLanes);
       vec sums = {};
       for (; i < stop; i += kLanes) {
         const vec value = exponential((load(logits + i) - best) * factor);
@@ -58,8 +70,8 @@ class RowSampler {
       }
       total += double(sum(sums));
     }
-    for (; i < count; i++) {
-      weight_[i] = std::exp((logits[i] - best) * factor);
+    for (; i < count_; i++) {
+      weight_[i] = std::min(std::exp((logits[i] - best) * factor), 1.0f);
       total += weight_[i];
     }
     return total;
@@ -67,73 +79,65 @@ class RowSampler {
 
   static vec exponential(vec x) {
     const ivec is_tiny = x < splat(-87.0f);
-    return ::choose(is_tiny, vec{}, exp2_of(::choose(is_tiny, vec{}, x) * kLog2E));
+    const vec value = exp2_of(choose(is_tiny, vec{}, x) * kLog2E);
+    return choose(is_tiny, vec{}, choose(value > 1.0f, splat(1.0f), value));
   }
 
-  void collect(long count, float cut) {
-    kept_.clear();
-    for (long i = 0; i < count; i++)
-      if (weight_[i] >= cut) kept_.push_back({weight_[i], int32_t(i)});
+  void fill_buckets() {
+    bucket_mass_.assign(kBuckets, 0.0);
+    bucket_count_.assign(kBuckets, 0.0);
+    for (long i = 0; i < count_; i++) {
+      const int bucket = bucket_of(weight_[i]);
+      bucket_mass_[bucket] += weight_[i];
+      bucket_count_[bucket] += 1;
+    }
   }
 
-  double mass() const {
+  // Where the heaviest weights reach `wanted`, of their sum or of their number.
+  Edge edge_of(double wanted, const std::vector<double>& buckets) {
+    double reached = 0;
+    int bucket = kBuckets - 1;
+    for (; bucket > 0 && reached + buckets[bucket] < wanted; bucket--) reached += buckets[bucket];
+    const bool by_number = &buckets == &bucket_count_;
+    inside_.clear();
+    for (long i = 0; i < count_; i++)
+      if (bucket_of(weight_[i]) == bucket) inside_.push_back(weight_[i]);
+    std::sort(inside_.begin(), inside_.end(), std::greater<float>());
+    size_t at = 0;
+    for (; at < inside_.size(); at++)
+      if ((reached += by_number ? 1.0 : double(inside_[at])) >= wanted) break;
+    if (at >= inside_.size()) return {inside_.empty() ? 0.0f : inside_.back(), count_};
+    const auto equal = std::find(inside_.begin(), inside_.end(), inside_[at]);
+    return {inside_[at], int64_t(inside_.begin() + at - equal) + 1};
+  }
+
+  double mass_from(float last) const {
     double total = 0;
-    for (const Candidate& one : kept_) total += one.weight;
+    for (long i = 0; i < count_; i++)
+      if (weight_[i] >= last) total += weight_[i];
     return total;
   }
 
-  // Keep what top-k, ties of the k-th too, and then top-p keep, the heaviest first.
-  void keep_best(long count, double total, int64_t top_k, double top_p) {
-    // Few tokens carry the mass, so that few are sorted: lower the cut until they suffice.
-    float cut = 1e-3f;
-    for (;; cut = cut > 1e-30f ? cut * 1e-3f : 0.0f) {
-      collect(count, cut);
-      const bool is_enough =
-          top_k ? int64_t(kept_.size()) >= top_k : mass() >= top_p * total * (1 + 1e-9);
-      if (is_enough || cut == 0) break;
+  // The first place at which the kept weights add up to more than this share of their sum.
+  int64_t pick(Edge edge, double number) {
+    double total = 0;
+    int64_t room = edge.room;
+    kept_.clear();
+    for (long i = 0; i < count_; i++) {
+      const float weight = weight_[i];
+      if (weight < edge.last || weight == 0 || (weight == edge.last && room-- <= 0)) continue;
+      kept_.push_back(int32_t(i));
+      total += weight;
     }
-    std::sort(kept_.begin(), kept_.end(), [](const Candidate& a, const Candidate& b) {
-      return a.weight != b.weight ? a.weight > b.weight : a.place < b.place;
-    });
-    if (top_k) {
-      const float last = kept_[top_k - 1].weight;
-      size_t end = top_k;
-      while (end < kept_.size() && kept_[end].weight == last) end++;
-      kept_.resize(end);
-      total = mass();
-    }
-    if (top_p >= 1) return;
-    double reached = 0;
-    for (size_t end = 0; end < kept_.size(); end++) {
-      reached += kept_[end].weight;
-      if (reached >= top_p * total) {
-        kept_.resize(end + 1);
-        break;
-      }
-    }
-  }
-
-  // The first place at which the weights add up to more than this share of their sum.
-  int64_t pick(double number) const {
-    const double aim = number * mass();
-    double reached = 0;
-    for (const Candidate& one : kept_)
-      if ((reached += one.weight) > aim) return one.place;
-    return kept_.back().place;
-  }
-
-  int64_t pick_all(long count, double total, double number) const {
     const double aim = number * total;
     double reached = 0;
-    long last = 0;
-    for (long i = 0; i < count; i++) {
-      if (weight_[i] == 0) continue;
-      last = i;
-      if ((reached += weight_[i]) > aim) return i;
-    }
-    return last;
+    for (const int32_t place : kept_)
+      if ((reached += weight_[place]) > aim) return place;
+    return kept_.back();
   }
 
-  std::vector<float> weight_;
-  std::vector<Candidate> kept_;
+  long count_ = 0;
+  std::vector<float> weight_, inside_;
+  std::vector<double> bucket_mass_, bucket_count_;
+  std::vector<int32_t> kept_;
 };
