@@ -178,7 +178,7 @@ class CapturedTicks:
     def read(self) -> list[Done]:
         """Read the oldest tick and count what it stored; returns the tokens that are through.
 
-        The caller notes them, ends what is to end, and calls `go_on`.
+        The caller notes them, ends what is to end, and calls `go_on` with the rest.
         """
         rows = self._rows()
         code, depth = self._unread.popleft().numpy()[rows].T
@@ -191,17 +191,16 @@ class CapturedTicks:
         left = zip(rows[has_left], code[has_left].tolist(), depth[has_left].tolist(), strict=True)
         return [Done(self.flights[row], token, depth) for row, token, depth in left]
 
-    def go_on(self, done: list[Done]) -> None:
-        """Follow the device to the next token of requests that have not ended."""
-        flights = [d.flight for d in done if id(d.flight.request) in self._row_of]
-        for flight in flights:
-            flight.start += 1
-            flight.request.num_started += 1
-        if self.blocks.layout.own_layers and flights:
-            slots = np.array([flight.request.slot for flight in flights])
-            self.blocks.commit(
-                slots, np.zeros_like(slots), np.ones_like(slots), np.ones_like(slots)
-            )
+    def go_on(self, requests: list[Request]) -> None:
+        """Follow the device to the next token of requests that have drawn one and not ended."""
+        rows = [self._row_of[id(request)] for request in requests]
+        for row in rows:
+            self.flights[row].start += 1
+            self.flights[row].request.num_started += 1
+        if self.blocks.layout.own_layers and rows:
+            slots = self._slots[rows]
+            one = np.ones_like(slots)
+            self.blocks.commit(slots, np.zeros_like(slots), one, one)
 
     def drop(self, request: Request) -> None:
         """Forget a request that ended, if it runs here."""

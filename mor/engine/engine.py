@@ -302,7 +302,7 @@ class Engine:
                 logits = logits[[row for _, _, row in drawing]]
             sampled = self.sampler.sample(logits, [request.sample_row for request, _, _ in drawing])
             tokens = sampled.token_N.tolist()
-            self.scheduler.drawn += self._note_tokens(drawing, tokens, sampled.logprobs)
+            self.scheduler.drawn.extend(self._note_tokens(drawing, tokens, sampled.logprobs))
         self._tell_all(pieces)
         return pieces
 
