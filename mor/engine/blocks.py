@@ -139,6 +139,30 @@ class BlockManager:
         """Give back the places of tokens that left before first_table, and pages left empty."""
         deeper = np.arange(self.layout.num_tables) >= first_table[:, None]
         np.subtract.at(self.reserved, slots, tokens[:, None] * self.serves[slots] * deeper)
+        self.trim(slots)
+
+    def hold(self, slots: Ints, places: Ints) -> Ints | None:
+        """Keep exactly so many places beyond the tokens stored, (requests, tables), all or none.
+
+        Returns where pages were added, as places of the flat `tables`; None when pages are short
+        """
+        needed = -(-(self.count[slots] + places) // self.page_tokens)
+        missing = np.maximum(needed - self.held[slots], 0)
+        if int(missing.sum()) > self.num_available:
+            return None
+        self.reserved[slots] = places
+        added = []
+        for row, table in zip(*missing.nonzero(), strict=True):
+            slot = slots[row]
+            for _ in range(missing[row, table]):
+                at = (slot, table, self.held[slot, table])
+                added.append(np.ravel_multi_index(at, self.tables.shape))
+                self._append(slot, table, self.take())
+        self.trim(slots)
+        return np.array(added, np.int64)
+
+    def trim(self, slots: Ints) -> None:
+        """Give back pages without a token or a reserved place."""
         needed = -(-(self.count[slots] + self.reserved[slots]) // self.page_tokens)
         for row in np.flatnonzero((needed < self.held[slots]).any(1)):
             slot = int(slots[row])

@@ -9,6 +9,7 @@ from typing import Literal
 from mor.config import check_choice
 
 Backend = Literal["auto", "native", "triton", "torch"]
+Capture = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,9 @@ class EngineConfig:
     """ticks from one call of the coda to the next; 0 for what measured times say"""
     backend: Backend = "auto"
     """native: compiled for the CPU; triton: on a GPU; torch: plain; auto: the fastest to be had"""
+    capture: Capture = "auto"
+    """whether ticks that only decode run on the device alone, captured as CUDA graphs; auto: on a
+    GPU, where the model allows it. `on` takes such ticks on a CPU too, for tests"""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "max_num_batched_tokens"):
@@ -47,3 +51,4 @@ class EngineConfig:
                 f"beside max_num_seqs {self.max_num_seqs} decode rows; give a larger one"
             )
         check_choice("backend", self.backend, typing.get_args(Backend))
+        check_choice("capture", self.capture, typing.get_args(Capture))

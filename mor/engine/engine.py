@@ -19,16 +19,17 @@ import torch
 
 from mor.checkpoint import load_calibration, load_model
 from mor.engine.blocks import BlockManager, Layout
+from mor.engine.captured import CapturedTicks
 from mor.engine.coda import Costs, best_period
 from mor.engine.config import EngineConfig
 from mor.engine.core import DepthPolicy, Flight, Request
 from mor.engine.depth import depth_policy
-from mor.engine.groups import build_groups, build_runner
+from mor.engine.groups import build_captured, build_groups, build_runner
 from mor.engine.outputs import RequestOutput, StepOutput, output_of
 from mor.engine.params import SamplingParams
 from mor.engine.prefix import PrefixCache
 from mor.engine.runner import Finished
-from mor.engine.sampler import Sampled, Sampler, SampleRow, token_logprobs
+from mor.engine.sampler import Sampler, SampleRow, TokenLogprobs, token_logprobs
 from mor.engine.scheduler import Scheduler
 from mor.engine.stops import StopChecker
 from mor.log import progress
@@ -85,7 +86,7 @@ class Engine:
         self.groups = build_groups(
             model, pool, self.layout, config, max_model_len=self.max_model_len
         )
-        self.sampler = Sampler(argmax=self.groups.argmax)
+        self.sampler = Sampler(argmax=self.groups.argmax, draws=self.groups.draws)
         self.requests: dict[str, list[Request]] = {}
         self.callbacks: dict[str, OnOutput] = {}
         self._ids = itertools.count()
@@ -105,6 +106,7 @@ class Engine:
             self.blocks.evict = self.prefix.evict
         num_rows = config.max_num_seqs + 2 * config.max_num_batched_tokens
         self.runner = build_runner(self.model, self.groups, self.blocks, num_rows=num_rows)
+        self.captured = build_captured(self.model, self.runner, self.blocks, config)
         self.scheduler = Scheduler(
             config,
             self.blocks,
@@ -268,7 +270,12 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Run one tick; returns what it brought."""
+        if self.captured is not None and self.captured.is_running:
+            return self._step_captured(self.captured)
         batch = self.scheduler.schedule()
+        self.runner.enter(batch)
+        if self.captured is not None and self.captured.begin(self.scheduler):
+            return self._step_captured(self.captured)
         self.runner.advance(batch)
         due = self.scheduler.collect(batch)
         return self._update(due, self.runner.finish(due)) if due else []
@@ -280,10 +287,7 @@ class Engine:
         drawing: list[tuple[Request, StepOutput, int]] = []
         for flight, part, depths in zip(due, finished.rows, finished.depths, strict=True):
             request = flight.request
-            known = len(request.depths) - flight.start
-            request.depths += depths if known <= 0 else depths[known:]
-            request.num_done = flight.stop
-            piece = StepOutput(request.request_id, request.index, [], "", request.untold_depths())
+            piece = _note_depths(flight, depths)
             pieces.append(piece)
             if request.params.prompt_logprobs is not None:
                 self._note_prompt_logprobs(flight, finished, part)
@@ -297,17 +301,41 @@ class Engine:
             if len(drawing) < len(logits):
                 logits = logits[[row for _, _, row in drawing]]
             sampled = self.sampler.sample(logits, [request.sample_row for request, _, _ in drawing])
-            self._note_tokens(drawing, sampled)
-        if self.callbacks:
-            for piece in pieces:
-                self._tell(piece)
+            tokens = sampled.token_N.tolist()
+            self.scheduler.drawn.extend(self._note_tokens(drawing, tokens, sampled.logprobs))
+        self._tell_all(pieces)
+        return pieces
+
+    def _step_captured(self, captured: CapturedTicks) -> list[StepOutput]:
+        """Launch a tick and read one that is older, or read all and end the stretch."""
+        goes_on = not self.scheduler.can_admit() and captured.launch()
+        pieces: list[StepOutput] = []
+        while captured.is_running and captured.num_unread > (captured.lag if goes_on else 0):
+            done = captured.read()
+            if not done:
+                continue
+            self.scheduler.see_depths([depth for _, _, depth in done])
+            drawing = []
+            for place, (flight, _, depth) in enumerate(done):
+                piece = _note_depths(flight, [depth])
+                pieces.append(piece)
+                drawing.append((flight.request, piece, place))
+                self.scheduler.remember(flight.request)
+            captured.go_on(self._note_tokens(drawing, [token for _, token, _ in done], {}))
+        if not goes_on and captured.is_running:
+            captured.hand_back()
+        self._tell_all(pieces)
         return pieces
 
     def _note_tokens(
-        self, drawing: list[tuple[Request, StepOutput, int]], sampled: Sampled
-    ) -> None:
+        self,
+        drawing: list[tuple[Request, StepOutput, int]],
+        tokens: list[int],
+        logprobs: dict[int, TokenLogprobs],
+    ) -> list[Request]:
+        """Note what was drawn, -1 where nothing could be; returns the requests that go on."""
         now = time.perf_counter()
-        tokens = sampled.token_N.tolist()
+        going_on = []
         for place, (request, piece, _) in enumerate(drawing):
             token = tokens[place]
             if token < 0:
@@ -318,8 +346,8 @@ class Engine:
                 request.first_token_s = now
             request.output_ids.append(token)
             request.num_tokens += 1
-            if place in sampled.logprobs:
-                request.logprobs.append(sampled.logprobs[place])
+            if place in logprobs:
+                request.logprobs.append(logprobs[place])
             text = request.stops.push(token)
             piece.token_ids.append(token)
             if text:
@@ -328,6 +356,9 @@ class Engine:
             if request.stops.finish_reason is not None:
                 request.stop_reason = request.stops.stop_reason
                 self._finish(request, request.stops.finish_reason, piece)
+            else:
+                going_on.append(request)
+        return going_on
 
     def _note_prompt_logprobs(self, flight: Flight, finished: Finished, part: slice) -> None:
         """Note log-probabilities of the prompt tokens that follow a chunk's tokens."""
@@ -346,10 +377,17 @@ class Engine:
 
     def _finish(self, request: Request, reason: str, piece: StepOutput | None = None) -> None:
         self.scheduler.finish(request)
+        if self.captured is not None:
+            self.captured.drop(request)
         request.finish_reason = reason
         if piece is not None:
             piece.finish_reason, piece.stop_reason = reason, request.stop_reason
             piece.error = request.error
+
+    def _tell_all(self, pieces: list[StepOutput]) -> None:
+        if self.callbacks:
+            for piece in pieces:
+                self._tell(piece)
 
     def _tell(self, piece: StepOutput) -> None:
         """Hand a piece to whoever asked for it; a callback that raises ends its request."""
@@ -449,3 +487,12 @@ class Engine:
         if not self.has_work:
             assert self.blocks.num_used == 0, "pages leak"
             assert not self.scheduler.in_block and not self.scheduler.ready, "flights leak"
+
+
+def _note_depths(flight: Flight, depths: list[int]) -> StepOutput:
+    """Note the depths of a flight that is through; returns the piece that tells of them."""
+    request = flight.request
+    known = len(request.depths) - flight.start
+    request.depths += depths if known <= 0 else depths[known:]
+    request.num_done = flight.stop
+    return StepOutput(request.request_id, request.index, [], "", request.untold_depths())

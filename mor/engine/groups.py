@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mor.engine.blocks import BlockManager, Layout
+from mor.engine.captured import CapturedTicks
 from mor.engine.config import EngineConfig
 from mor.engine.layers import LayerGroups, TorchGroups
 from mor.engine.native_groups import NativeGroups
@@ -24,6 +25,26 @@ def build_runner(
     if isinstance(groups, NativeGroups) and fits(model.config):
         return NativeRunner(model, groups, blocks, num_rows=num_rows)
     return TorchRunner(model, groups, blocks, num_rows=num_rows)
+
+
+def build_captured(
+    model: MoR, runner: TorchRunner, blocks: BlockManager, config: EngineConfig
+) -> CapturedTicks | None:
+    """Return what runs ticks on the device alone; None where they take the ordinary path.
+
+    Raises ValueError when capture is asked for and the model or the backend does not allow it
+    """
+    why = None
+    if not isinstance(runner.groups, TorchGroups):
+        why = "the native backend; use torch or triton"
+    elif model.config.sharing == "none" or model.config.lora_rank:
+        why = "layers or LoRA of each recursion's own; use auto"
+    if config.capture == "on" and why is not None:
+        raise ValueError(f"capture is on, but it does not serve {why}")
+    is_wanted = config.capture == "on" or (config.capture == "auto" and model.device.type == "cuda")
+    if why is not None or not is_wanted:
+        return None
+    return CapturedTicks(model, runner, blocks, max_requests=config.max_num_seqs)
 
 
 def build_groups(

@@ -20,21 +20,32 @@ from mor.engine.blocks import Ints
 from mor.engine.sampler import finite_argmax
 from mor.model.layers import Layer, Projection, RMSNorm, Rotary, rotary_angles, rotate
 from mor.model.mor import MoR
-from mor.ops.paged import paged_attention_reference, store_reference
+from mor.ops.native.sampling import Draws
+from mor.ops.paged import (
+    paged_attention_reference,
+    paged_decode_unasked,
+    store_reference,
+    store_unasked,
+)
 
 GroupName = Literal["prelude", "block", "coda"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """Where the rows of one call stand. Rows are ordered by recursion."""
+    """Where the rows of one call stand, ordered by recursion.
+
+    Where the host does not know them (`host_table_N` is None) they are in any order, one a table;
+    a row of count 0 is no row then, and one of slot -1 makes no keys.
+    """
 
     position_N: Tensor
     """int32"""
     recursion_N: Tensor
     """int32, recursions (from 0) that the rows stand at"""
     recursion_starts: tuple[int, ...]
-    """first row of each recursion, R + 1 values; prelude and coda count as recursion 0"""
+    """first row of each recursion, R + 1 values; prelude and coda count as recursion 0; empty where
+    the host does not know"""
     tables_TM: Tensor
     """int32, pages of every table"""
     table_N: Tensor
@@ -47,10 +58,10 @@ class LayerRows:
     """rows from here on make no keys and values, since recursion 1's serve"""
     num_full_rows: int
     """rows from here on end with their keys and values of the group's last layer"""
-    host_table_N: Ints
-    """table_N on the host, for kernels that plan by it"""
+    host_table_N: Ints | None
+    """table_N on the host, for kernels that plan by it; None where the host does not know"""
     max_count: int
-    """largest of count_N"""
+    """largest of count_N; 0 where the host does not know"""
 
     def __len__(self) -> int:
         return len(self.position_N)
@@ -68,6 +79,8 @@ class LayerGroups(Protocol):
 
     state_dtype: torch.dtype
     """type of the states between groups"""
+    draws: Draws | None
+    """what draws tokens, where there is something faster than torch"""
 
     def run(self, group: GroupName, x_ND: Tensor, rows: LayerRows) -> Tensor:
         """Apply a group's layers; returns the new states, x may be overwritten.
@@ -91,6 +104,8 @@ class LayerGroups(Protocol):
 
 class TorchGroups:
     """The readable twin of the compiled kernels; any device and type."""
+
+    draws: Draws | None = None
 
     def __init__(self, model: MoR, pool: Tensor, page_tokens: tuple[int, int]) -> None:
         """Take the pool (pages, elements) and the tokens of an own and of a block page."""
@@ -137,7 +152,7 @@ class TorchGroups:
             turn = Rotary(rotary.cos_N1K[:made], rotary.sin_N1K[:made])
             k_NGK = _project(attention.k_proj, normed_ND[:made], rows).unflatten(-1, heads)
             v_NGK = _project(attention.v_proj, normed_ND[:made], rows).unflatten(-1, heads)
-            self._store(rotate(k_NGK, turn), v_NGK, kv, rows.slot_N[:made])
+            self._store(rotate(k_NGK, turn), v_NGK, kv, rows)
         turn = Rotary(rotary.cos_N1K[:full], rotary.sin_N1K[:full])
         q_NHK = rotate(
             _project(attention.q_proj, normed_ND[:full], rows).unflatten(-1, heads), turn
@@ -149,15 +164,15 @@ class TorchGroups:
         up_NF = _project(layer.mlp.up_proj, normed_ND, rows)
         return x_ND + _project(layer.mlp.down_proj, gate_NF * up_NF, rows)
 
-    def _store(self, k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, slot_N: Tensor) -> None:
-        store_reference(k_NGK, v_NGK, kv, slot_N)
+    def _store(self, k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, rows: LayerRows) -> None:
+        store = store_unasked if rows.host_table_N is None else store_reference
+        store(k_NGK, v_NGK, kv, rows.slot_N[: len(k_NGK)])
 
     def _attend(self, q_NHK: Tensor, kv: Tensor, rows: LayerRows) -> Tensor:
         """Attend from the first rows of a call, as many as there are queries."""
         N = len(q_NHK)
-        return paged_attention_reference(
-            q_NHK, kv, rows.tables_TM, rows.table_N[:N], rows.count_N[:N]
-        )
+        attend = paged_decode_unasked if rows.host_table_N is None else paged_attention_reference
+        return attend(q_NHK, kv, rows.tables_TM, rows.table_N[:N], rows.count_N[:N])
 
     def logits(self, x_ND: Tensor) -> Tensor:
         logit_NV = F.linear(self.model.model.norm(x_ND), self.model.head_weight_VD)
@@ -173,6 +188,9 @@ class TorchGroups:
 def _norm(norm: RMSNorm, x_ND: Tensor, rows: LayerRows) -> Tensor:
     if norm.weight.dim() == 1:
         return norm(x_ND)
+    if rows.host_table_N is None:
+        gain_ND = norm.weight[rows.recursion_N].to(x_ND.dtype)
+        return F.rms_norm(x_ND, x_ND.shape[-1:], None, norm.eps) * gain_ND
     parts = [norm(x_ND[part], recursion) for recursion, part in rows.slices(len(x_ND))]
     return torch.cat(parts)
 

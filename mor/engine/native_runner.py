@@ -48,6 +48,8 @@ class NativeRunner(TorchRunner):
             threshold=self.threshold,
             count=blocks.count,
             reserved=blocks.reserved,
+            held=blocks.held,
+            serves=blocks.serves,
             tables=blocks.tables,
             embedding=weight.contiguous(),
             router=self.router.joined_RD,
@@ -80,7 +82,10 @@ class NativeRunner(TorchRunner):
         blocks = self.native.blocks
         block = blocks[int(call.recursion[0]) if len(blocks) > 1 else 0]
         assert block is not None
-        return self.ticks.recursion(Flights(*call), block)
+        goes_on, has_spare = self.ticks.recursion(Flights(*call), block)
+        if has_spare.any():
+            self.blocks.trim(call.slots[has_spare])
+        return goes_on
 
     def run_coda(self, call: Call, num_full: int) -> Tensor | None:
         normed_MD = self.ticks.leave(

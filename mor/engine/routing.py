@@ -71,26 +71,35 @@ class DepthRouter:
         threshold_N: Tensor,
         position_N: Tensor,
         token_N: Tensor,
+        asks_all: bool = False,
     ) -> Decision:
         """Decide about rows that may take a recursion (from 0, int64); not for token choice.
 
         threshold_N  fp64, each row's own threshold of that recursion's logits
+        asks_all     ask every router about every row, rather than the device which rows are whose
         """
         if not self.has_gate:
             return Decision(None, None)
-        logit_N, causal_N = self._logits(recursion_N, x_ND)
+        logit_N, causal_N = self._logits(recursion_N, x_ND, asks_all=asks_all)
         gate_N = self._router(0).gate(logit_N)
         if self.config.router == "random":
             return Decision(self._draws(recursion_N, position_N, token_N), gate_N)
         return Decision(causal_N > threshold_N, gate_N)
 
-    def _logits(self, recursion_N: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(
+        self, recursion_N: Tensor, x_ND: Tensor, *, asks_all: bool
+    ) -> tuple[Tensor, Tensor]:
         """Score each row by the router of its recursion: for the gate, and for the rule."""
         if self.joined_RD is not None:
             wide = torch.promote_types(x_ND.dtype, torch.float32)
             logit_NR = F.linear(x_ND.to(wide), self.joined_RD, self.joined_bias_R)
             logit_N = logit_NR.gather(1, recursion_N[:, None])[:, 0]
             return logit_N, logit_N
+        if asks_all:
+            each = [self._router(r).logits(x_ND) for r in range(self.config.num_recursions)]
+            logit_NR, causal_NR = (torch.stack(part, 1) for part in zip(*each, strict=True))
+            at_N1 = recursion_N[:, None]
+            return logit_NR.gather(1, at_N1)[:, 0], causal_NR.gather(1, at_N1)[:, 0]
         wide = self._router(0).threshold.dtype
         logit_N, causal_N = (x_ND.new_empty(len(x_ND), dtype=wide) for _ in range(2))
         for recursion in range(self.config.num_recursions):
@@ -111,7 +120,8 @@ class DepthRouter:
             gating = "scaled" if gating == "weighted" else "none"
         return join(x_ND, block_ND, None if gate_N is None else gate_N[:, None], gating)
 
-    def leave(self, start_ND: Tensor, x_ND: Tensor, exit_gate_N: Tensor) -> Tensor:
+    def leave(self, start_ND: Tensor, x_ND: Tensor, exit_gate_N: Tensor | None) -> Tensor:
         """Join what token choice made of a row to what it got."""
         at_exit = "additive" if self.config.gating == "weighted" else self.config.gating
-        return join(start_ND, x_ND, exit_gate_N[:, None], at_exit)
+        gate_N1 = None if exit_gate_N is None else exit_gate_N[:, None]
+        return join(start_ND, x_ND, gate_N1, at_exit)

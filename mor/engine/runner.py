@@ -102,14 +102,17 @@ class Runner(ABC):
     def copy_tables(self) -> None:
         """Bring the tables of pages to where the layers run."""
 
-    def advance(self, batch: Batch) -> None:
-        """Run prelude and block for a tick; flights then hold the rows that go on."""
+    def enter(self, batch: Batch) -> None:
+        """Run the prelude for a tick, after what has to be copied before."""
         if batch.copies:
             source, target = zip(*batch.copies, strict=True)
             self.groups.copy_pages(list(source), list(target))
         self.copy_tables()
         if batch.entering:
             self._enter(batch.entering)
+
+    def advance(self, batch: Batch) -> None:
+        """Run the block for a tick; flights then hold the rows that go on."""
         if self.is_shared:
             if batch.in_block:
                 self._recursion(sorted(batch.in_block, key=lambda flight: flight.recursion))

@@ -8,6 +8,7 @@ prompt starts a chunk in the first tick that has room, R + 1 ticks at most.
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -41,6 +42,10 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """in order of arrival"""
+        self.prompting: list[Request] = []
+        """those whose tokens have not all entered, in order of arrival"""
+        self.drawn: list[Request] = []
+        """those whose newest token has just been drawn"""
         self.entering: list[Flight] = []
         self.in_block: list[Flight] = []
         self.ready: list[Flight] = []
@@ -48,6 +53,7 @@ class Scheduler:
         self.tick = 0
         self.last_coda_tick = 0
         self.free_rows = list(range(num_rows - 1, -1, -1))
+        self.single_rows = list(np.arange(num_rows).reshape(-1, 1))
         self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self.num_preemptions = 0
         self.active_share = np.ones(num_recursions)
@@ -74,26 +80,31 @@ class Scheduler:
         return Batch(copies, entering, list(self.in_block))
 
     def _decode(self) -> None:
-        """Start the newest token of every request that has one and only one."""
-        decoding = [r for r in self.running if r.num_pending == 1 and r.num_started > 0]
-        if not decoding:
+        """Start the newest token of every request that has drawn one."""
+        if not self.drawn:
             return
-        slots = np.fromiter((r.slot for r in decoding), np.int64, len(decoding))
+        drawn, self.drawn = self.drawn, []
+        slots = np.array([request.slot for request in drawn])
         short = set(self.blocks.reserve_one(slots).tolist())
-        for request in decoding:
+        late = [request for request in drawn if request.slot in short] if short else []
+        for request in drawn:
+            if request.slot not in short:
+                self._start(request, 1)
+        for request in sorted(late, key=lambda request: request.arrival_s):
             if request.slot < 0:
                 continue  # an older request has just taken its pages
-            if request.slot not in short or self._reserve(request, 1):
+            if self._reserve(request, 1):
                 self._start(request, 1)
+            else:
+                self.drawn.append(request)
 
     def _prefill(self, budget: int) -> int:
         """Start chunks of running requests' prompts, oldest first; returns the rows taken."""
         taken = 0
-        for request in list(self.running):
+        for request in list(self.prompting):
             if taken >= budget:
                 break
-            begins = request.num_started == 0 and request.num_pending > 0
-            if request.slot >= 0 and (begins or request.num_pending > 1):
+            if request.slot >= 0:
                 taken += self._chunk(request, budget - taken)
         return taken
 
@@ -104,11 +115,16 @@ class Scheduler:
         if count <= 0 or not self._reserve(request, count):
             return 0
         self._start(request, count)
+        if request.num_pending == 0:
+            self.prompting.remove(request)
         return count
 
     def _start(self, request: Request, count: int) -> None:
         """Send the next tokens of a request into the model."""
-        rows = np.array([self.free_rows.pop() for _ in range(count)], np.int64)
+        rows = self.single_rows[self.free_rows.pop()]
+        if count > 1:
+            more = [rows, *(self.single_rows[self.free_rows.pop()] for _ in range(count - 1))]
+            rows = np.concatenate(more)
         self.entering.append(Flight(request, request.num_started, rows, rows))
         request.num_started += count
 
@@ -131,11 +147,8 @@ class Scheduler:
     def _admit(self, budget: int) -> list[tuple[int, int]]:
         """Let waiting requests in while slots, pages and rows last; returns pages to copy."""
         copies: list[tuple[int, int]] = []
-        while self.waiting and self.free_slots and budget > 0:
-            request = self.waiting[0]
-            if self.running and self._pages_expected(request) > self.blocks.num_available:
-                break
-            self.waiting.popleft()
+        while budget > 0 and self.can_admit():
+            request = self.waiting.popleft()
             request.slot = self.free_slots.pop()
             self.blocks.open(request.slot, request.policy.max_recursions)
             self._place(request)
@@ -143,12 +156,17 @@ class Scheduler:
             budget -= self._chunk(request, budget)
         return copies
 
+    def can_admit(self) -> bool:
+        """Tell whether slots and pages last for the next waiting request."""
+        if not (self.waiting and self.free_slots):
+            return False
+        expected = self._pages_expected(self.waiting[0])
+        return not self.running or expected <= self.blocks.num_available
+
     def _place(self, request: Request) -> None:
         """Put a request among the running ones, in order of arrival."""
-        at = len(self.running)
-        while at and self.running[at - 1].arrival_s > request.arrival_s:
-            at -= 1
-        self.running.insert(at, request)
+        for requests in (self.running, self.prompting):
+            bisect.insort(requests, request, key=lambda request: request.arrival_s)
 
     def _pages_expected(self, request: Request) -> int:
         """Pages that a request's tokens will take at the depths seen so far, and one a table."""
@@ -190,7 +208,6 @@ class Scheduler:
 
     def collect(self, batch: Batch) -> list[Flight]:
         """Sort flights after the block; returns those that pass the coda now."""
-        self._give_back(batch.in_block)
         self.in_block = [flight for flight in batch.in_block if len(flight.active)]
         self.ready += [flight for flight in batch.in_block if not len(flight.active)]
         period = min(self.coda_period(len(self.running)), self.num_recursions)
@@ -209,16 +226,6 @@ class Scheduler:
         if due:
             self.last_coda_tick = self.tick
         return due
-
-    def _give_back(self, flights: list[Flight]) -> None:
-        """Give back the places that flights out of the block did not use, and empty pages."""
-        if not flights:
-            return
-        nothing = self.blocks.layout.num_tables
-        slots = np.array([flight.request.slot for flight in flights])
-        unused = [nothing if len(f.active) else 1 + f.recursion for f in flights]
-        tokens = np.array([flight.count for flight in flights])
-        self.blocks.release(slots, np.array(unused), tokens)
 
     def retire(self, flight: Flight) -> None:
         """Free the rows of a flight that is through."""
@@ -266,7 +273,9 @@ class Scheduler:
                 self.retire(flight)
         self.blocks.close(request.slot)
         self.free_slots.append(request.slot)
-        self.running.remove(request)
+        for requests in (self.running, self.prompting, self.drawn):
+            if request in requests:
+                requests.remove(request)
         request.slot = -1
         request.num_started = request.num_done = request.num_kept = 0
         request.entry = None

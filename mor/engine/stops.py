@@ -29,6 +29,8 @@ class StopChecker:
     finish_reason  None while the answer goes on; then "stop" or "length"
     stop_reason    the stop string or the stop token that ended it, None for the end of document
     num_tokens     tokens so far, the one that ended the answer among them
+    max_tokens     tokens at which it ends, whatever they are
+    end_ids        tokens that end it
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class StopChecker:
                 "give stop_token_ids"
             )
         room = context - prompt_length
-        self._max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         self._min_tokens = params.min_tokens
         self._eos_id = None if params.ignore_eos else eos_id
         self._stop_ids = frozenset(params.stop_ids)
+        self.end_ids = [*params.stop_ids, *([] if self._eos_id is None else [self._eos_id])]
         self._stops = params.stop_strings
         self._shows_stop = params.include_stop_str_in_output
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
@@ -86,7 +89,7 @@ class StopChecker:
         if is_end:
             self.finish_reason = "stop"
             self.stop_reason = None if token == self._eos_id else token
-        elif self.num_tokens >= self._max_tokens:
+        elif self.num_tokens >= self.max_tokens:
             self.finish_reason = "length"
         if self._decoder is None:
             return ""

@@ -61,9 +61,28 @@ class TorchRunner(Runner):
             self.blocks.commit(slots, np.zeros_like(slots), call.active, call.length)
             x_ND = self.groups.run("prelude", x_ND, self._own_rows(call, len(rows)))
         self.x.index_copy_(0, index, x_ND)
-        if not self.router.is_token_choice:  # everyone takes recursion 1; its gate is asked for
+        if self.router.is_token_choice:
+            self._choose(call, index, x_ND)
+        else:  # everyone takes recursion 1; its gate is asked for
             self._decide(call, index, np.zeros_like(rows), x_ND)
-            return
+
+    @torch.inference_mode()
+    def resume(self, call: Call, position: Ints, token: Ints, limit: Ints) -> None:
+        """Go on with rows that stand between two recursions; `x` and `start` hold their states.
+
+        limit  most recursions that each row's request may take
+        """
+        rows, index = call.rows, self._tensor(call.rows)
+        self.position[rows], self.token[rows] = position, token
+        self.depth[rows], self.limit[rows], self.is_replayed[rows] = call.recursion, limit, False
+        if self.router.is_token_choice:
+            self._choose(call, index, self.start[index])
+        else:
+            self._decide(call, index, call.recursion, self.x[index])
+
+    def _choose(self, call: Call, index: Tensor, x_ND: Tensor) -> None:
+        """Note what token choice decides about rows that left the prelude."""
+        rows = call.rows
         choice = self.router.choose(x_ND)
         self.start.index_copy_(0, index, x_ND)
         if choice.step_gate_NR is not None:
@@ -103,13 +122,20 @@ class TorchRunner(Runner):
         self.x.index_copy_(0, index, x_ND)
         self.depth[call.rows] = at + 1
         goes_on = at + 1 < self.limit[call.rows]
-        if not self.router.has_gate or not goes_on.any():
-            return goes_on
-        following = np.minimum(at + 1, self.config.num_recursions - 1)
-        asked_N = self._decide(call, index, following, x_ND)
-        if asked_N is not None:
-            goes_on &= asked_N.cpu().numpy() | self.is_replayed[call.rows]
+        if self.router.has_gate and goes_on.any():
+            following = np.minimum(at + 1, self.config.num_recursions - 1)
+            asked_N = self._decide(call, index, following, x_ND)
+            if asked_N is not None:
+                goes_on &= asked_N.cpu().numpy() | self.is_replayed[call.rows]
+        self._give_back(call, goes_on)
         return goes_on
+
+    def _give_back(self, call: Call, goes_on: npt.NDArray[np.bool_]) -> None:
+        """Give back the places that flights out of the block did not use, and empty pages."""
+        remaining = np.add.reduceat(goes_on, call.active.cumsum() - call.active, dtype=np.int64)
+        nothing = self.blocks.layout.num_tables
+        unused = np.where(remaining > 0, nothing, 2 + call.recursion)
+        self.blocks.release(call.slots, unused, call.length)
 
     @torch.inference_mode()
     def run_coda(self, call: Call, num_full: int) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The engine's layers on a GPU: matrix products of PyTorch, Triton kernels for paged attention.
 
-Checked in Triton's interpreter, run on no GPU yet. Each tick still waits once for the router's
-decisions. Shapes: N rows, H query heads, G key heads, K head size.
+Checked in Triton's interpreter, run on no GPU yet.
+Shapes: N rows, H query heads, G key heads, K head size.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mor.engine.blocks import Ints
 from mor.engine.layers import LayerRows, TorchGroups
 from mor.model.mor import MoR
 from mor.ops.triton.decode import paged_decode, pick_splits
@@ -45,16 +46,15 @@ class TritonGroups(TorchGroups):
             num_processors=processors,
         )
 
-    def _store(self, k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, slot_N: Tensor) -> None:
-        store(k_NGK.contiguous(), v_NGK.contiguous(), kv, slot_N)
+    def _store(self, k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, rows: LayerRows) -> None:
+        store(k_NGK.contiguous(), v_NGK.contiguous(), kv, rows.slot_N[: len(k_NGK)])
 
     def _attend(self, q_NHK: Tensor, kv: Tensor, rows: LayerRows) -> Tensor:
         N = len(q_NHK)
         if not N:
             return q_NHK
-        host, count_N = rows.host_table_N[:N], rows.count_N[:N]
-        ends = np.flatnonzero(np.diff(host, append=-1)) + 1
-        if int(np.diff(ends, prepend=0).max()) < CHUNK_ROWS:
+        host, count_N = rows.host_table_N, rows.count_N[:N]
+        if host is None or _longest_run(host[:N]) < CHUNK_ROWS:
             return paged_decode(
                 q_NHK,
                 kv,
@@ -63,5 +63,11 @@ class TritonGroups(TorchGroups):
                 count_N,
                 num_splits=self.num_splits,
             )
-        tiles = plan_tiles(host.tolist(), group=self.group).to(q_NHK.device)
+        tiles = plan_tiles(host[:N].tolist(), group=self.group).to(q_NHK.device)
         return paged_prefill(q_NHK, kv, rows.tables_TM, count_N, tiles)
+
+
+def _longest_run(table_N: Ints) -> int:
+    """Return the length of the longest stretch of one table."""
+    ends = np.flatnonzero(np.diff(table_N, append=-1)) + 1
+    return int(np.diff(ends, prepend=0).max())

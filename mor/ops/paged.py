@@ -65,6 +65,40 @@ def paged_attention_reference(
     return out_NHK
 
 
+def store_unasked(k_NGK: Tensor, v_NGK: Tensor, kv_P2GSK: Tensor, slot_N: Tensor) -> None:
+    """Do what `store_reference` does without asking the device which rows have a slot.
+
+    A row of slot -1 repeats the write of the first row that has one, or what is in slot 0.
+    """
+    is_kept_N = slot_N >= 0
+    row_N = torch.arange(len(slot_N), device=slot_N.device)
+    source_N = torch.where(is_kept_N, row_N, is_kept_N.int().argmax(0, keepdim=True))
+    is_kept_N11, slot_N = is_kept_N[source_N, None, None], slot_N[source_N].clamp(min=0)
+    page_N, place_N = slot_N // kv_P2GSK.shape[3], slot_N % kv_P2GSK.shape[3]
+    for side, made_NGK in enumerate((k_NGK, v_NGK)):
+        kept_NGK = kv_P2GSK[page_N, side, :, place_N]
+        new_NGK = torch.where(is_kept_N11, made_NGK[source_N].to(kv_P2GSK.dtype), kept_NGK)
+        kv_P2GSK[page_N, side, :, place_N] = new_NGK
+
+
+def paged_decode_unasked(
+    q_NHK: Tensor, kv_P2GSK: Tensor, tables_TM: Tensor, table_N: Tensor, count_N: Tensor
+) -> Tensor:
+    """Do what `paged_attention_reference` does without asking the device how many keys there are.
+
+    table_N  in range for every row, whatever its count
+    Cost     every row reads as many keys as the longest table has places
+    """
+    place_S = torch.arange(tables_TM.shape[1] * kv_P2GSK.shape[3], device=q_NHK.device)
+    count_N1 = count_N.long()[:, None]
+    # Places behind a row's last key repeat it: what nobody wrote is never read.
+    place_NS = place_S.minimum((count_N1 - 1).clamp(min=0))
+    k_NSGK, v_NSGK = _gather(kv_P2GSK, tables_TM[table_N.long()], place_NS)
+    visible_N1S = (place_S < count_N1.clamp(min=1))[:, None]
+    out_N1HK = attention(q_NHK[:, None], k_NSGK, v_NSGK, visible_BQS=visible_N1S)
+    return out_N1HK[:, 0].masked_fill((count_N1 == 0)[..., None], 0)
+
+
 def _gather(kv_P2GSK: Tensor, table: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values at places (.., S) of tables (.., M), each (.., S, G, K)."""
     size = kv_P2GSK.shape[3]

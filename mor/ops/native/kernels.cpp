@@ -3,6 +3,7 @@
 // Functions that need memory return 0 when there is none; all others cannot fail.
 #include <cstdlib>
 
+#include "sample.h"
 #include "tick.h"
 
 static thread_local Workspace workspace;
@@ -166,13 +167,24 @@ void mor_argmax(const float* logits, int64_t rows, int64_t count, int64_t* out, 
   });
 }
 
+// draws[n].number decides; best is what mor_argmax gave.
+void mor_sample(const float* logits, int64_t rows, int64_t count, const Draw* draws,
+                const int64_t* best, int64_t* out, int threads) {
+  run_team(threads, [&](const Team& team) {
+    static thread_local RowSampler sampler;
+    const Range mine = team.share(rows);
+    for (long n = mine.begin; n < mine.end; n++)
+      out[n] = sampler.run(logits + n * count, count, best[n], draws[n]);
+  });
+}
+
 int mor_enter(const State* state, const Flights* flights, const Group* prelude, int threads) {
   return Tick(*state, *flights, threads).enter(prelude, workspace);
 }
 
 int mor_recursion(const State* state, const Flights* flights, const Group* block, int threads,
-                  uint8_t* goes_on) {
-  return Tick(*state, *flights, threads).recursion(*block, workspace, goes_on);
+                  uint8_t* goes_on, uint8_t* has_spare) {
+  return Tick(*state, *flights, threads).recursion(*block, workspace, goes_on, has_spare);
 }
 
 int mor_leave(const State* state, const Flights* flights, const Group* coda, int threads,

@@ -23,6 +23,8 @@ struct State {
   const double* threshold;  // (requests, R)
   int64_t* count;           // (requests, tables)
   int64_t* reserved;
+  const int64_t* held;      // pages
+  const int64_t* serves;    // 1 where a request can have tokens
   const int32_t* tables;    // (requests x tables, pages)
   // of the model
   const void* embedding;
@@ -89,8 +91,9 @@ class Tick {
     return true;
   }
 
-  // Run the block, join and route; goes_on says who takes another recursion.
-  bool recursion(const Group& block, Workspace& workspace, uint8_t* goes_on) {
+  // Run the block, join and route; goes_on says who takes another recursion. Places that a flight
+  // did not use are given back, and has_spare says whose request then holds pages for nothing.
+  bool recursion(const Group& block, Workspace& workspace, uint8_t* goes_on, uint8_t* has_spare) {
     const long kv_rows = block_places();
     gather();
     const std::vector<float> before = x_;
@@ -101,6 +104,12 @@ class Tick {
       put_back(n);
       s_.depth[row] = following;
       goes_on[n] = following < s_.limit[row] && decide(n, row, following);
+    }
+    long n = 0;
+    for (long f = 0; f < f_.num_flights; f++) {
+      bool is_through = true;
+      for (long i = 0; i < f_.active[f]; i++, n++) is_through &= !goes_on[n];
+      has_spare[f] = give_back(f, is_through);
     }
     return true;
   }
@@ -168,6 +177,19 @@ class Tick {
       }
     }
     return kv_rows;
+  }
+
+  bool give_back(long f, bool is_through) {
+    const long first = f_.slot[f] * s_.num_tables;
+    bool has_spare = false;
+    for (long t = 1; t < s_.num_tables; t++) {
+      const long index = first + t;
+      if (is_through && t > f_.recursion[f] + 1)
+        s_.reserved[index] -= f_.length[f] * s_.serves[index];
+      const long places = s_.count[index] + s_.reserved[index];
+      has_spare |= s_.held[index] * s_.block_page_tokens >= places + s_.block_page_tokens;
+    }
+    return has_spare;
   }
 
   bool run(const Group& group, long page_tokens, long first_layer, long kv_rows, long full_rows,

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mor.ops.native.library import LayerGroup, Library, check_memory
 
+Bools = npt.NDArray[np.bool_]
+
 GATINGS = {"none": 0, "weighted": 1, "residual": 2, "additive": 3}
 DECIDING = {"fixed": 0, "expert_choice": 1, "threshold": 1, "random": 2}
 
@@ -23,7 +25,8 @@ DECIDING = {"fixed": 0, "expert_choice": 1, "threshold": 1, "random": 2}
 class _State(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "gate", "position", "token", "depth", "limit")),
-        *((name, c_void_p) for name in ("is_replayed", "threshold", "count", "reserved", "tables")),
+        *((name, c_void_p) for name in ("is_replayed", "threshold", "count", "reserved", "held")),
+        *((name, c_void_p) for name in ("serves", "tables")),
         *((name, c_void_p) for name in ("embedding", "router", "router_bias", "encoding")),
         ("share", c_void_p),
         ("pool", c_void_p),
@@ -74,7 +77,7 @@ class Ticks:
         self._kept = state
         flights, byref = POINTER(_Flights), c_void_p
         self._c.mor_enter.argtypes = [byref, flights, byref, c_int]
-        self._c.mor_recursion.argtypes = [byref, flights, byref, c_int, c_void_p]
+        self._c.mor_recursion.argtypes = [byref, flights, byref, c_int, c_void_p, c_void_p]
         self._c.mor_leave.argtypes = [byref, flights, byref, c_int, c_int64, c_void_p, c_float]
         self._c.mor_leave.argtypes += [c_int, c_void_p]
 
@@ -84,9 +87,13 @@ class Ticks:
             self._c.mor_enter(self._state, flights.struct, _group(prelude), torch.get_num_threads())
         )
 
-    def recursion(self, flights: Flights, block: LayerGroup) -> npt.NDArray[np.bool_]:
-        """Run the block and route; returns which rows take another recursion."""
+    def recursion(self, flights: Flights, block: LayerGroup) -> tuple[Bools, Bools]:
+        """Run the block and route; returns which rows take another recursion, and which flights'
+
+        requests hold pages for nothing, now that unused places are given back.
+        """
         goes_on = np.empty(flights.struct.num_rows, np.bool_)
+        has_spare = np.empty(flights.struct.num_flights, np.bool_)
         check_memory(
             self._c.mor_recursion(
                 self._state,
@@ -94,9 +101,10 @@ class Ticks:
                 _group(block),
                 torch.get_num_threads(),
                 goes_on.ctypes.data,
+                has_spare.ctypes.data,
             )
         )
-        return goes_on
+        return goes_on, has_spare
 
     def leave(
         self,

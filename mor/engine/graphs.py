@@ -1,0 +1,82 @@
+"""Replays a tick as CUDA graphs, one for each number of rows, captured at first use.
+
+On a CPU the tick runs op by op: the same function, so that tests there hold for both. The capture
+itself has run on no GPU yet.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mor.engine.device_tick import DeviceTick
+
+
+class Graphs:
+    """Runs ticks of a `DeviceTick`; on a GPU a tick is one launch."""
+
+    def __init__(self, tick: DeviceTick) -> None:
+        self.tick = tick
+        self.device = tick.tables_TM.device
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._memory = None
+        """of all graphs: they run one after the other, and what one leaves is in the tick's rows"""
+
+    def run(self, num_rows: int, *, draws: bool) -> None:
+        if self.device.type != "cuda":
+            self.tick.run(num_rows, draws=draws)
+            return
+        key = num_rows, draws
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(num_rows, draws=draws)
+        self._graphs[key].replay()
+
+    @torch.inference_mode()
+    def _capture(self, num_rows: int, *, draws: bool) -> torch.cuda.CUDAGraph:
+        """Compile kernels by ticks of rows that are not alive, which change nothing; capture."""
+        is_alive_N = self.tick.rows.is_alive_N
+        kept_N = is_alive_N.clone()
+        is_alive_N.zero_()
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.tick.run(num_rows, draws=draws)
+        current.wait_stream(stream)
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self.tick.run(num_rows, draws=draws)
+        is_alive_N.copy_(kept_N)
+        return graph
+
+
+class Readback:
+    """A copy of a tensor on its way to the host, begun now; nobody waits until it is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        if tensor.device.type != "cuda":
+            self._host = tensor.clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def numpy(self) -> npt.NDArray[np.int64]:
+        """Wait for the copy and return it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
+
+
+def upload(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
