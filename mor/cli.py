@@ -22,6 +22,7 @@ import tyro
 
 import mor
 from mor.bench.config import BenchTrainConfig
+from mor.bench.serve_config import BenchDecodeConfig, BenchPrefillConfig
 from mor.config import ModelConfig, check_choice
 from mor.data.config import PrepareConfig
 from mor.engine.config import Backend
@@ -196,6 +197,24 @@ class BenchTrain:
     """print one JSON object as the last line"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchDecode:
+    """Serve requests with MoR and its vanilla twin, beside what the kernels alone allow."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchDecodeConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPrefill:
+    """Time reading prompts with MoR and its vanilla twin."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchPrefillConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
 def run_demo(args: Demo) -> dict[str, Any]:
     from mor.demo import demo
 
@@ -313,6 +332,26 @@ def run_bench_train(args: BenchTrain) -> dict[str, Any]:
     return result
 
 
+def run_bench_decode(args: BenchDecode) -> dict[str, Any]:
+    from mor.bench.decode import bench_decode
+    from mor.bench.serve_table import print_decode, verdict
+
+    result = bench_decode(args.config)
+    print_decode(result, sys.stderr if args.json else sys.stdout)
+    for line in verdict(result):
+        logger.info("%s", line)
+    return result
+
+
+def run_bench_prefill(args: BenchPrefill) -> dict[str, Any]:
+    from mor.bench.prefill import bench_prefill
+    from mor.bench.serve_table import print_prefill
+
+    result = bench_prefill(args.config)
+    print_prefill(result, sys.stderr if args.json else sys.stdout)
+    return result
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "demo": (Demo, run_demo),
     "prepare": (Prepare, run_prepare),
@@ -322,6 +361,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "eval": (Eval, run_eval),
     "plan": (Plan, run_plan),
     "bench train": (BenchTrain, run_bench_train),
+    "bench decode": (BenchDecode, run_bench_decode),
+    "bench prefill": (BenchPrefill, run_bench_prefill),
 }
 GROUPS = ("bench",)
 """first words of commands of two words"""
@@ -452,5 +493,5 @@ def _overview() -> str:
     lines = ["usage: mor COMMAND [options]     (mor COMMAND --help tells more)", ""]
     for name, (flags, _) in COMMANDS.items():
         first = (flags.__doc__ or "").strip().split("\n")[0]
-        lines.append(f"  {name:<13}{first}")
+        lines.append(f"  {name:<15}{first}")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +28,7 @@ from mor.ops.device import describe_machine, pick_device
 from mor.ops.select import top_k_count
 
 WARMUP_ROUNDS = 2
+Timed = TypeVar("Timed")
 
 
 class Spread(NamedTuple):
@@ -183,7 +184,7 @@ def time_rounds(
     return times
 
 
-def in_order(contenders: Sequence[Contender], round_: int) -> list[Contender]:
+def in_order(contenders: Sequence[Timed], round_: int) -> list[Timed]:
     """Return the order of a round: it begins one further each time, every other one backwards."""
     first = round_ % len(contenders)
     order = [*contenders[first:], *contenders[:first]]

@@ -86,7 +86,7 @@ class Engine:
         self.groups = build_groups(
             model, pool, self.layout, config, max_model_len=self.max_model_len
         )
-        self.sampler = Sampler(argmax=self.groups.argmax)
+        self.sampler = Sampler(argmax=self.groups.argmax, draws=self.groups.draws)
         self.requests: dict[str, list[Request]] = {}
         self.callbacks: dict[str, OnOutput] = {}
         self._ids = itertools.count()

@@ -20,6 +20,7 @@ from mor.engine.blocks import Ints
 from mor.engine.sampler import finite_argmax
 from mor.model.layers import Layer, Projection, RMSNorm, Rotary, rotary_angles, rotate
 from mor.model.mor import MoR
+from mor.ops.native.sampling import Draws
 from mor.ops.paged import (
     paged_attention_reference,
     paged_decode_unasked,
@@ -78,6 +79,8 @@ class LayerGroups(Protocol):
 
     state_dtype: torch.dtype
     """type of the states between groups"""
+    draws: Draws | None
+    """what draws tokens, where there is something faster than torch"""
 
     def run(self, group: GroupName, x_ND: Tensor, rows: LayerRows) -> Tensor:
         """Apply a group's layers; returns the new states, x may be overwritten.
@@ -101,6 +104,8 @@ class LayerGroups(Protocol):
 
 class TorchGroups:
     """The readable twin of the compiled kernels; any device and type."""
+
+    draws: Draws | None = None
 
     def __init__(self, model: MoR, pool: Tensor, page_tokens: tuple[int, int]) -> None:
         """Take the pool (pages, elements) and the tokens of an own and of a block page."""

@@ -13,6 +13,7 @@ from mor.engine.layers import GroupName, LayerRows
 from mor.model.layers import Layer, rotary_angles
 from mor.model.mor import MoR
 from mor.ops.native.library import LayerGroup, Library, NativeRows
+from mor.ops.native.sampling import Draws
 
 
 class NativeGroups:
@@ -25,6 +26,7 @@ class NativeGroups:
     ) -> None:
         """Take the pool, and the tokens of an own and of a block page."""
         self.config, self.library, self.pool = model.config, library, pool
+        self.draws: Draws | None = Draws(library)
         self.page_tokens = {"prelude": page_tokens[0], "coda": page_tokens[0]}
         self.page_tokens["block"] = page_tokens[1]
         positions = torch.arange(self.config.max_position_embeddings)

@@ -74,6 +74,8 @@ class SamplingParams:
     """whether the best raw logit is the answer, whatever came before"""
     is_plain_draw: bool = field(init=False, repr=False, compare=False)
     """whether the raw logits, a temperature and the draw are all it takes"""
+    changes_logits: bool = field(init=False, repr=False, compare=False)
+    """whether penalties, a bias or min_tokens change the logits before the draw"""
     has_penalties: bool = field(init=False, repr=False, compare=False)
     """whether the tokens so far change the logits"""
 
@@ -86,11 +88,12 @@ class SamplingParams:
         self._check_pairs()
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         self._set("has_penalties", penalties != (0, 0, 1))
-        changes_logits = self.has_penalties or self.logit_bias is not None or self.min_tokens > 0
-        self._set("is_plain_greedy", self.temperature == 0 and not changes_logits)
+        changes = self.has_penalties or self.logit_bias is not None or self.min_tokens > 0
+        self._set("changes_logits", changes)
+        self._set("is_plain_greedy", self.temperature == 0 and not changes)
         cuts = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         tells = self.logprobs is not None or self.prompt_logprobs is not None
-        self._set("is_plain_draw", not (changes_logits or cuts or tells))
+        self._set("is_plain_draw", not (changes or cuts or tells))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mor.engine.params import SamplingParams
+from mor.ops.native.sampling import DRAW, Draws
 from mor.ops.select import hash_draw
 
 TEMPERATURES = (1e-30, 1e30)  # in fp32, beyond these a quotient may be NaN
@@ -112,9 +114,15 @@ def finite_argmax(logit_NV: Tensor) -> Tensor:
 class Sampler:
     """Draws the next tokens of a batch."""
 
-    def __init__(self, *, argmax: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take an argmax that answers as `finite_argmax` does; None takes that one."""
+    def __init__(
+        self, *, argmax: Callable[[Tensor], Tensor] | None = None, draws: Draws | None = None
+    ) -> None:
+        """Take an argmax that answers as `finite_argmax` does, and what draws where it can.
+
+        draws  for rows whose logits nothing changes; None draws all in torch
+        """
         self._argmax = argmax or finite_argmax
+        self._draws = draws
 
     def sample(self, logit_NV: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         """Choose a token for every row.
@@ -140,6 +148,12 @@ class Sampler:
         failed_N = token_N < 0
         if special:
             token_N = token_N.clone()
+            if self._draws is not None:
+                plain = [i for i in special if not rows[i].params.changes_logits]
+                special = [i for i in special if rows[i].params.changes_logits]
+                if plain:
+                    logit_MV = logit_NV if len(plain) == len(rows) else logit_NV[plain]
+                    token_N[plain] = self._draws(logit_MV, _records([rows[i] for i in plain]))
             for some in _chunks(special, logit_NV):
                 token_N[some] = _draw(logit_NV[some].float(), [rows[i] for i in some])
             failed_N = failed_N | (token_N < 0)
@@ -235,14 +249,32 @@ def _draw(score_MV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         share_MV = score_MV.softmax(1)
         _keep_top_p(share_MV, rows)
         _keep_min_p(share_MV, rows)
-        places = [(row.seed, row.sample, row.output_length) for row in rows]
-        draw_M = hash_draw(*torch.tensor(places, dtype=torch.int64).T)
-        drawn_M1 = inverse_cdf(share_MV, draw_M.to(share_MV.device)[:, None])
+        drawn_M1 = inverse_cdf(share_MV, _numbers(rows).to(share_MV.device)[:, None])
         # Sums made in parallel may grow by rounding where a share of 0 was added.
         is_drawn_M1 = torch.tensor([[t > 0] for t in temperatures], device=score_MV.device)
         is_drawn_M1 &= share_MV.gather(1, drawn_M1) > 0
         token_M1 = torch.where(is_drawn_M1, drawn_M1, token_M1)
     return token_M1.masked_fill(~best_M1.isfinite(), -1)[:, 0]
+
+
+def _numbers(rows: Sequence[SampleRow]) -> Tensor:
+    """Return the number of [0, 1) that decides each row's draw, fp64."""
+    places = [(row.seed, row.sample, row.output_length) for row in rows]
+    return hash_draw(*torch.tensor(places, dtype=torch.int64).T)
+
+
+def _records(rows: Sequence[SampleRow]) -> npt.NDArray[np.void]:
+    """Describe the draws of rows to the compiled kernels."""
+    lowest, highest = TEMPERATURES
+    numbers = _numbers(rows).tolist()
+    params = [row.params for row in rows]
+    return np.array(
+        [
+            (min(max(p.temperature, lowest), highest), p.top_p, p.min_p, number, max(p.top_k, 0))
+            for p, number in zip(params, numbers, strict=True)
+        ],
+        DRAW,
+    )
 
 
 def _add_bias(score_MV: Tensor, rows: Sequence[SampleRow]) -> None:

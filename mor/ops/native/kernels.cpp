@@ -3,6 +3,7 @@
 // Functions that need memory return 0 when there is none; all others cannot fail.
 #include <cstdlib>
 
+#include "sample.h"
 #include "tick.h"
 
 static thread_local Workspace workspace;
@@ -163,6 +164,17 @@ void mor_argmax(const float* logits, int64_t rows, int64_t count, int64_t* out, 
   run_team(threads, [&](const Team& team) {
     const Range mine = team.share(rows);
     for (long n = mine.begin; n < mine.end; n++) out[n] = argmax(logits + n * count, count);
+  });
+}
+
+// draws[n].number decides; best is what mor_argmax gave.
+void mor_sample(const float* logits, int64_t rows, int64_t count, const Draw* draws,
+                const int64_t* best, int64_t* out, int threads) {
+  run_team(threads, [&](const Team& team) {
+    static thread_local RowSampler sampler;
+    const Range mine = team.share(rows);
+    for (long n = mine.begin; n < mine.end; n++)
+      out[n] = sampler.run(logits + n * count, count, best[n], draws[n]);
   });
 }
 
