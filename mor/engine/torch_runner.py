@@ -217,8 +217,11 @@ class TorchRunner(Runner):
                     self.groups.run("coda", x_ND.clone(), where)
                 self.groups.argmax(self.groups.logits(x_ND))
 
-            block_s.append(_best_of(lambda x=x_ND, w=where: self.groups.run("block", x.clone(), w)))
-            ends_s.append(_best_of(ends))
+            def block(x_ND: Tensor = x_ND, where: LayerRows = where) -> None:
+                self.groups.run("block", x_ND.clone(), where)
+
+            block_s.append(_best_of(block, self.device))
+            ends_s.append(_best_of(ends, self.device))
         return Costs(rows, block_s, ends_s)
 
     def _nowhere(self, count: int) -> LayerRows:
@@ -239,12 +242,16 @@ class TorchRunner(Runner):
         )
 
 
-def _best_of(run: Callable[[], object], times: int = 3) -> float:
+def _best_of(run: Callable[[], object], device: torch.device, times: int = 3) -> float:
     """Return the shortest of a few runs, in seconds, after one that warms up."""
     run()
     seconds = []
     for _ in range(times):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start_s = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start_s)
     return min(seconds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable
 
 import pytest
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor.engine.captured import CapturedTicks
 from mor.engine.engine import Engine
+from mor.engine.layers import TorchGroups
 from mor.engine.params import SamplingParams
 from mor.model.mor import MoR
 
@@ -270,6 +272,25 @@ def test_rows_that_end_leave_a_smaller_graph() -> None:
         assert_exact(engine.model, output)
 
 
+@pytest.mark.parametrize("index", [0, 6, 27])
+def test_ticks_of_rows_that_are_not_alive_change_nothing(index: int) -> None:
+    """So a graph may be captured in the middle of a stretch."""
+    engine = captured_engine(served_model(index))
+    for i in range(3):
+        engine.add(prompt_of(5, seed=i), greedy(20))
+    ticks = ticks_of(engine)
+    step_until(engine, lambda: ticks.num_launched > 3)
+    rows = ticks.tick.rows
+    rows.is_alive_N.zero_()
+    assert isinstance(engine.groups, TorchGroups)
+    pool = engine.groups.pool
+    before = [tensor.clone() for tensor in (*rows, pool)]
+    ticks.tick.run(4, draws=True)
+    for name, one, other in zip((*rows._fields, "pool"), before, (*rows, pool), strict=True):
+        if name != "record_N2":
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def test_logits_that_are_not_finite_end_one_request() -> None:
     engine = captured_engine(served_model(0))
     argmax, calls = engine.groups.argmax, [0]
@@ -301,6 +322,8 @@ def test_triton_kernels_in_captured_ticks_give_the_plain_models_answers(
     index: int, device: str
 ) -> None:
     pytest.importorskip("triton")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled in this process; TRITON_INTERPRET=1 interprets them")
     model = served_model(index, torch.float32)
     engine = captured_engine(model_on(device, index, torch.float32), backend="triton")
     count = 3 if device == "cpu" else 12
