@@ -1,7 +1,9 @@
 """What the README tells a newcomer to type works."""
 
+import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,9 +51,12 @@ def test_the_commands_for_an_own_model_run(tmp_path, monkeypatch, capsys):
         " --train.eval-tokens 512",
         "eval": "--limit-tokens 512 --context 128",
         "generate": "--max-tokens 4",
+        "chat": "--max-tokens 4",
     }
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is a row?\n"))
     commands = [shlex.split(line)[1:] for line in LINES if line.startswith("mor ")]
-    assert [command[0] for command in commands] == ["prepare", "plan", "train", "eval", "generate"]
+    names = ["prepare", "plan", "train", "eval", "generate", "chat"]
+    assert [command[0] for command in commands] == names
     for command in commands:
         assert command[0] in COMMANDS
         assert main([*command, *shlex.split(shorter.get(command[0], ""))]) == 0, command
