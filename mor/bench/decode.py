@@ -54,14 +54,24 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    models = [
+        build_model(config, recursions, dtype=dtype, device=device)
+        for recursions in ((0,) if config.model else config.recursions)
+    ]
     cells = []
-    for recursions in (0,) if config.model else config.recursions:
-        mor = build_model(config, recursions, dtype=dtype, device=device)
+    for mor in models:
         for in_flight in config.in_flight:
             trace = build_trace(config, mor.config, in_flight)
             cells.append(bench_cell(config, Cell(mor, trace, in_flight, config.model is None)))
             gc.collect()
-    return {**summary(cells), "cells": cells, **about(config, device, dtype)}
+    result = {**summary(cells), "cells": cells}
+    if config.peers:
+        from mor.bench.serve_peers import bench_peers
+
+        result["peers"] = [
+            row for mor in models for row in bench_peers(config, build_twin(mor, config.seed), mor)
+        ]
+    return {**result, **about(config, device, dtype)}
 
 
 def build_trace(config: BenchDecodeConfig, model: ModelConfig, in_flight: int) -> list[RequestSpec]:

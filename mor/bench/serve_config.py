@@ -142,6 +142,8 @@ class BenchDecodeConfig(ServeSettings):
     """bytes of keys and values for each model; 0 for what the twin fills at its fullest"""
     trace: Path | None = None
     """JSONL of requests instead of drawn lengths: prompt_len, output_len, arrival_s, depths"""
+    peers: bool = False
+    """time other engines that are installed on the twin's weights too"""
 
     def __post_init__(self) -> None:
         # super() without arguments does not work in a slotted dataclass

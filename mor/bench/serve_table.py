@@ -19,6 +19,7 @@ DECODE_COLUMNS = (
     "most",
     "longest",
 )
+PEER_COLUMNS = ("batch", "tokens/s", "the twin is quicker by")
 PREFILL_COLUMNS = (
     "prompt",
     "times twin",
@@ -63,6 +64,17 @@ def print_decode(result: dict[str, Any], file: TextIO) -> None:
                 human_bytes(row["kv_bytes"]),
                 str(row["most_requests"]),
                 str(row["longest_context"]),
+            )
+        console.print(table)
+    if result.get("peers"):
+        table = _table(("", *PEER_COLUMNS))
+        for row in result["peers"]:
+            quartiles = f"{row['twin_speedup_q1']:.2f}-{row['twin_speedup_q3']:.2f}"
+            table.add_row(
+                row["name"],
+                str(row["batch"]),
+                human_count(row["tokens_per_s"]),
+                f"{row['twin_speedup']:.2f} ({quartiles})",
             )
         console.print(table)
 

@@ -1,7 +1,7 @@
 """Before anything is timed: does the engine draw the tokens, and take the depths, that it should?
 
 The plain model runs over prompt and answer at once, in float32. Every token of the engine must be
-its best one, up to near ties.
+its best one, and the log-probabilities of the best ones must be its own, up to rounding.
 """
 
 from __future__ import annotations
@@ -12,75 +12,120 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mor.bench.workload import RequestSpec
 from mor.config import ModelConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
+from mor.engine.sampler import TokenLogprobs
+from mor.model.mor import MoR
 
-NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""how far a token's logit may be below the best, in standard deviations of all logits"""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""error of a log-probability, and how far a token's logit may be below the best, both in standard
+deviations of all logits"""
 DEPTH_SLIPS = {torch.float32: 0.001, torch.bfloat16: 0.05}
 """share of tokens that may stand so near a threshold that rounding decides"""
 MANY_SIGMA = 5.0
+TOP_TOKENS = 5
+"""whose log-probabilities are compared"""
 
 
 class Verified(NamedTuple):
-    """What was compared."""
+    """What was compared; gaps and errors are in standard deviations of all logits."""
 
     num_tokens: int
-    num_near_ties: int
-    """tokens that were not the plain model's best"""
     largest_gap: float
-    """of a token's logit to the best, in standard deviations"""
+    """from a drawn token's logit to the best"""
+    largest_error: float
+    """of the log-probabilities of the best tokens"""
     num_depth_slips: int
     mean_depth: float
 
 
+class _Plain(NamedTuple):
+    """What the plain model says of an answer: T drawn tokens, V vocabulary, S tokens that ran."""
+
+    logits_TV: Tensor
+    depth_S: Tensor
+
+    @classmethod
+    def of(cls, model: MoR, prompt: Sequence[int], drawn: Sequence[int]) -> _Plain:
+        out = model(torch.tensor([[*prompt, *drawn]], device=model.device), rule="causal")
+        assert out.logits is not None
+        return cls(out.logits[0, len(prompt) - 1 : -1], out.depth[0, :-1])
+
+    def gap(self, drawn: Sequence[int]) -> float:
+        """Return how far a drawn token's logit is below the best."""
+        logits_TV = self.logits_TV[: len(drawn)]
+        logit_T = logits_TV.gather(-1, torch.tensor(drawn, device=logits_TV.device)[:, None])[:, 0]
+        return ((logits_TV.max(-1).values - logit_T) / logits_TV.std(-1)).max().item()
+
+    def error(self, logprobs: Sequence[TokenLogprobs]) -> float:
+        """Return how far a log-probability is off."""
+        off = [0.0]
+        for logits_V, place in zip(self.logits_TV, logprobs, strict=False):
+            mine_V, deviation = logits_V.log_softmax(-1), logits_V.std().item()
+            off += [abs(mine_V[token].item() - theirs) / deviation for token, theirs in place.top]
+        return max(off)
+
+
 @torch.inference_mode()
 def verify(engine: Engine, requests: Sequence[RequestSpec], *, name: str) -> Verified:
-    """Run a few requests together and hold them to the plain model.
+    """Run a few requests together, as they are timed and for log-probabilities, and compare.
 
-    Raises RuntimeError for tokens or depths that rounding does not explain
+    Raises RuntimeError for tokens, log-probabilities or depths that rounding does not explain
     """
     dtype = engine.kv_dtype
-    params = [
-        SamplingParams(max_tokens=request.output_len, temperature=0, ignore_eos=True)
-        for request in requests
-    ]
-    outputs = engine.generate([request.prompt_ids for request in requests], params)
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     plain = copy.deepcopy(engine.model).float()
-    tie, ties, tokens, slips = NEAR_TIE.get(dtype, 1e-3), 0, 0, 0
-    largest, depths_seen = 0.0, []
-    for output in outputs:
-        (answer,) = output.outputs
-        prompt = len(output.prompt_token_ids)
-        ids = torch.tensor([[*output.prompt_token_ids, *answer.token_ids]], device=plain.device)
-        out = plain(ids, rule="causal")
-        assert out.logits is not None
-        logits_TV = out.logits[0, prompt - 1 : -1]
-        drawn_T1 = torch.tensor(answer.token_ids, device=plain.device)[:, None]
-        gap_T = logits_TV.max(-1).values - logits_TV.gather(-1, drawn_T1)[:, 0]
-        gap = (gap_T / logits_TV.std(-1)).max().item()
-        if not gap <= tie:
-            raise RuntimeError(
-                f"{name}: the engine draws a token that is {gap:.3f} standard deviations below "
-                f"the plain model's best; near ties end at {tie}"
-            )
-        largest, tokens = max(largest, gap), tokens + len(answer.token_ids)
-        ties += int((gap_T > 0).sum())
-        depths = [*output.prompt_depths, *answer.depths]
-        slips += sum(a != b for a, b in zip(depths, out.depth[0].tolist(), strict=False))
-        depths_seen += depths
-    allowed = 0.0
-    if engine.model.config.router in ("expert_choice", "threshold", "token_choice"):
-        allowed = DEPTH_SLIPS.get(dtype, 0.0)
-    if slips > allowed * len(depths_seen):
+    gap = error = 0.0
+    tokens, slips, depths_seen = 0, 0, []
+    for top in (None, TOP_TOKENS):
+        params = [_params(request, top) for request in requests]
+        outputs = engine.generate([request.prompt_ids for request in requests], params)
+        for output in outputs:
+            (answer,) = output.outputs
+            said = _Plain.of(plain, output.prompt_token_ids, answer.token_ids)
+            depths = [*output.prompt_depths, *answer.depths]
+            off = [a != b for a, b in zip(depths, said.depth_S.tolist(), strict=True)]
+            # Behind another depth stand other keys: what follows cannot be compared.
+            first_slip = off.index(True) if True in off else len(off)
+            comparable = max(first_slip + 1 - len(output.prompt_token_ids), 0)
+            if comparable:
+                gap = max(gap, said.gap(answer.token_ids[:comparable]))
+                error = max(error, said.error((answer.logprobs or [])[:comparable]))
+            slips, tokens = slips + sum(off), tokens + len(answer.token_ids)
+            depths_seen += depths
+    _check(engine.model.config, dtype, slips / len(depths_seen), name=name)
+    if not max(gap, error) <= tolerance:
         raise RuntimeError(
-            f"{name}: {slips} of {len(depths_seen)} tokens do not take the plain model's depth"
+            f"{name}: the engine is {max(gap, error):.3f} standard deviations of the logits off "
+            f"the plain model; rounding explains {tolerance}"
         )
-    mean_depth = sum(depths_seen) / len(depths_seen)
-    return Verified(tokens, ties, largest, slips, mean_depth)
+    return Verified(tokens, gap, error, slips, sum(depths_seen) / len(depths_seen))
+
+
+def _params(request: RequestSpec, logprobs: int | None) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=request.output_len, temperature=0, ignore_eos=True, logprobs=logprobs
+    )
+
+
+def _check(config: ModelConfig, dtype: torch.dtype, slip_share: float, *, name: str) -> None:
+    """Raise RuntimeError when more tokens miss their depth than stand near a threshold."""
+    has_scores = config.router in ("expert_choice", "threshold", "token_choice")
+    allowed = DEPTH_SLIPS.get(dtype, 0.0) if has_scores else 0.0
+    if slip_share > allowed:
+        raise RuntimeError(
+            f"{name}: {slip_share:.1%} of the tokens do not take the plain model's depth"
+        )
+
+
+@torch.inference_mode()
+def largest_gap(model: MoR, prompt: Sequence[int], drawn: Sequence[int]) -> float:
+    """Return how far a token that was drawn is below the model's best, in deviations."""
+    return _Plain.of(model, prompt, drawn).gap(drawn)
 
 
 def check_mean_depth(depths: Sequence[int], config: ModelConfig, *, name: str) -> float:

@@ -16,7 +16,7 @@ from mor.bench import decode, serve_config
 from mor.bench.decode import bench_decode
 from mor.bench.serve import largest_in_flight, new_engine, run_trace
 from mor.bench.serve_config import BenchDecodeConfig
-from mor.bench.serve_models import build_model, build_twin
+from mor.bench.serve_models import build_model
 from mor.bench.serve_report import HEADLINE, longest_context, speedup_bound
 from mor.bench.serve_table import print_decode, verdict
 from mor.bench.verify import check_mean_depth, verify
@@ -108,10 +108,13 @@ def test_a_right_engine_is_verified_and_a_wrong_one_found():
     mor = tiny_mor()
     engine = new_engine(mor, max_requests=2, max_rows=32, max_model_len=40)
     checked = verify(engine, trace, name="mor3")
-    assert checked.num_tokens == sum(request.output_len for request in trace)
+    assert checked.num_tokens == 2 * sum(request.output_len for request in trace)
+    assert checked.largest_error < 1e-4
     assert checked.num_depth_slips == 0 and 1 < checked.mean_depth < 3
-    engine.model = build_twin(mor, 1)
-    with pytest.raises(RuntimeError, match="mor3: the engine draws a token that is"):
+    engine.model = tiny_mor()
+    with torch.no_grad():
+        engine.model.model.coda[0].self_attn.v_proj.weight.zero_()
+    with pytest.raises(RuntimeError, match=r"mor3: the engine is .* off the plain model"):
         verify(engine, trace, name="mor3")
 
 

@@ -39,9 +39,9 @@ def test_every_length_is_timed_on_both_sides(capsys):
 
 
 def test_a_wrong_engine_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setitem(verify.NEAR_TIE, torch.float32, -1.0)
+    monkeypatch.setitem(verify.TOLERANCE, torch.float32, -1.0)
     assert main([*FLAGS, "16"]) == 1
-    assert "the engine draws a token" in capsys.readouterr().err
+    assert "off the plain model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
