@@ -11,12 +11,12 @@ from torch import Tensor
 
 from mor.config import ModelConfig
 from mor.model.layers import Layer, rotary_angles
-from mor.ops.native.library import Library, NativeRows, load
+from mor.ops.native.compiled import CompiledKernels, NativeRows, load
 
 NAN = float("nan")
 
 
-def library() -> Library:
+def library() -> CompiledKernels:
     lib = load()
     if lib is None:
         pytest.skip("no C++ compiler that makes the CPU kernels")
@@ -54,7 +54,7 @@ class Case:
         heads, size = c.num_key_value_heads, c.head_dim
         return self.pool.view(len(self.pool), self.page_layers, 2, heads, tokens, size)
 
-    def run(self, lib: Library, **changes: Any) -> tuple[Tensor, Tensor]:
+    def run(self, lib: CompiledKernels, **changes: Any) -> tuple[Tensor, Tensor]:
         """Return the stream and the pages after the kernels."""
         fields = {**self.fields, **changes}
         x_ND, pool = self.x_ND.clone(), self.pool.clone()
@@ -62,7 +62,7 @@ class Case:
         lib.layers(x_ND, self.group(lib), rows)
         return x_ND, pool
 
-    def group(self, lib: Library):
+    def group(self, lib: CompiledKernels):
         c = self.config
         positions = torch.arange(c.max_position_embeddings)
         rotary = rotary_angles(positions, c, dtype=torch.float32)

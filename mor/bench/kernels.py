@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from mor.bench.serve_config import BLOCK_SIZE
 from mor.model.layers import Layer, rotary_angles
 from mor.model.mor import MoR
-from mor.ops.native import library
-from mor.ops.native.library import Library, NativeRows
+from mor.ops.native import compiled
+from mor.ops.native.compiled import CompiledKernels, NativeRows
 from mor.ops.paged import paged_attention_reference, store_reference
 
 GroupName = Literal["prelude", "block", "coda"]
@@ -78,8 +78,8 @@ def build_kernels(model: MoR, *, pages: int, wants_compiled: bool) -> Kernels:
     # Pages that nobody wrote would share one page of memory, and be too quick to read.
     pool = torch.empty(pages, elements, dtype=weight.dtype, device=weight.device).normal_(std=0.02)
     is_float = weight.dtype in (torch.bfloat16, torch.float32)
-    compiled = library.load() if wants_compiled and is_float and not weight.is_cuda else None
-    return PlainKernels(model, pool) if compiled is None else NativeKernels(model, pool, compiled)
+    found = compiled.load() if wants_compiled and is_float and not weight.is_cuda else None
+    return PlainKernels(model, pool) if found is None else NativeKernels(model, pool, found)
 
 
 class NativeKernels:
@@ -87,8 +87,8 @@ class NativeKernels:
 
     state_dtype = torch.float32
 
-    def __init__(self, model: MoR, pool: Tensor, compiled: Library) -> None:
-        self.config, self.pool, self.library = model.config, pool, compiled
+    def __init__(self, model: MoR, pool: Tensor, kernels: CompiledKernels) -> None:
+        self.config, self.pool, self.kernels = model.config, pool, kernels
         positions = torch.arange(self.config.max_position_embeddings)
         rotary = rotary_angles(positions, self.config, dtype=torch.float32)
         half = self.config.head_dim // 2
@@ -102,12 +102,12 @@ class NativeKernels:
             name: self._pack(layers, angles) for name, layers in groups.items() if layers
         }
         self.norm_D = stack.norm.weight.detach().float()
-        self.head_weight = compiled.pack_weight(model.head_weight_VD)
+        self.head_weight = kernels.pack_weight(model.head_weight_VD)
         self.logits_NV = torch.empty(0, self.config.vocab_size)
         """kept, since fresh memory of this size costs as much as the product"""
 
     def _pack(self, layers: list[Layer], angles: dict[str, Tensor]) -> Any:
-        return self.library.layer_group(
+        return self.kernels.layer_group(
             [layer.state_dict() for layer in layers],
             heads=self.config.num_attention_heads,
             key_heads=self.config.num_key_value_heads,
@@ -123,7 +123,7 @@ class NativeKernels:
         if packed.low_rank:
             starts = torch.tensor([0] + [len(x_ND)] * packed.recursions, dtype=torch.int32)
         position_N, table_N, count_N, slot_N, tables_TM = rows
-        self.library.layers(
+        self.kernels.layers(
             x_ND,
             packed,
             NativeRows(
@@ -142,13 +142,13 @@ class NativeKernels:
 
     def head(self, x_ND: Tensor) -> Tensor:
         weight = self.head_weight
-        normed_ND = self.library.rms_norm(
+        normed_ND = self.kernels.rms_norm(
             x_ND, self.norm_D, self.config.rms_norm_eps, dtype=weight.dtype
         )
         if len(self.logits_NV) < len(x_ND):
             self.logits_NV = torch.zeros(len(x_ND), self.config.vocab_size)
         logits_NV = self.logits_NV[: len(x_ND)]
-        return self.library.argmax_rows(self.library.linear(normed_ND, weight, out=logits_NV))
+        return self.kernels.argmax_rows(self.kernels.linear(normed_ND, weight, out=logits_NV))
 
 
 class PlainKernels:

@@ -15,7 +15,7 @@ from mor.engine.native_groups import NativeGroups
 from mor.engine.native_runner import NativeRunner, fits
 from mor.engine.torch_runner import TorchRunner
 from mor.model.mor import MoR
-from mor.ops.native import library
+from mor.ops.native import compiled
 
 
 def build_runner(
@@ -58,7 +58,7 @@ def build_groups(
     backend, is_cpu = config.backend, pool.device.type == "cpu"
     is_float = pool.dtype in (torch.bfloat16, torch.float32)
     if backend in ("auto", "native") and is_cpu and is_float:
-        kernels = library.load()
+        kernels = compiled.load()
         if kernels is not None:
             return NativeGroups(model, pool, sizes, kernels)
     has_triton = importlib.util.find_spec("triton") is not None and is_float

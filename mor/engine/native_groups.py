@@ -12,7 +12,7 @@ from torch import Tensor
 from mor.engine.layers import GroupName, LayerRows
 from mor.model.layers import Layer, rotary_angles
 from mor.model.mor import MoR
-from mor.ops.native.library import LayerGroup, Library, NativeRows
+from mor.ops.native.compiled import CompiledKernels, LayerGroup, NativeRows
 from mor.ops.native.sampling import Draws
 
 
@@ -22,11 +22,11 @@ class NativeGroups:
     state_dtype = torch.float32
 
     def __init__(
-        self, model: MoR, pool: Tensor, page_tokens: tuple[int, int], library: Library
+        self, model: MoR, pool: Tensor, page_tokens: tuple[int, int], kernels: CompiledKernels
     ) -> None:
         """Take the pool, and the tokens of an own and of a block page."""
-        self.config, self.library, self.pool = model.config, library, pool
-        self.draws: Draws | None = Draws(library)
+        self.config, self.kernels, self.pool = model.config, kernels, pool
+        self.draws: Draws | None = Draws(kernels)
         self.page_tokens = {"prelude": page_tokens[0], "coda": page_tokens[0]}
         self.page_tokens["block"] = page_tokens[1]
         positions = torch.arange(self.config.max_position_embeddings)
@@ -40,12 +40,12 @@ class NativeGroups:
         self.blocks = [self._pack(stack.block(recursion)) for recursion in blocks]
         self.coda = self._pack(stack.coda)
         self.norm_D = stack.norm.weight.detach().float()
-        self.head = library.pack_weight(model.head_weight_VD)
+        self.head = kernels.pack_weight(model.head_weight_VD)
 
     def _pack(self, layers: list[Layer]) -> LayerGroup | None:
         if not layers:
             return None
-        return self.library.layer_group(
+        return self.kernels.layer_group(
             [layer.state_dict() for layer in layers],
             heads=self.config.num_attention_heads,
             key_heads=self.config.num_key_value_heads,
@@ -63,7 +63,7 @@ class NativeGroups:
         assert packed is not None
         starts = torch.tensor(rows.recursion_starts, dtype=torch.int32) if packed.low_rank else None
         x_ND = x_ND.contiguous()
-        self.library.layers(
+        self.kernels.layers(
             x_ND,
             packed,
             NativeRows(
@@ -84,13 +84,13 @@ class NativeGroups:
         return x_ND
 
     def logits(self, x_ND: Tensor) -> Tensor:
-        normed_ND = self.library.rms_norm(
+        normed_ND = self.kernels.rms_norm(
             x_ND, self.norm_D, self.config.rms_norm_eps, dtype=self.head.dtype
         )
-        return self.library.linear(normed_ND, self.head)
+        return self.kernels.linear(normed_ND, self.head)
 
     def argmax(self, logit_NV: Tensor) -> Tensor:
-        return self.library.argmax_rows(logit_NV)
+        return self.kernels.argmax_rows(logit_NV)
 
     def copy_pages(self, source: list[int], target: list[int]) -> None:
         self.pool[target] = self.pool[source]

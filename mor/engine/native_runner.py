@@ -73,7 +73,7 @@ class NativeRunner(TorchRunner):
             deciding=DECIDING[config.router],
             gate_factor=2.0 if config.gating == "residual" else config.router_alpha,
         )
-        self.ticks = Ticks(groups.library, state)
+        self.ticks = Ticks(groups.kernels, state)
 
     def run_prelude(self, call: Call) -> None:
         self.ticks.enter(Flights(*call), self.native.prelude)
@@ -96,4 +96,4 @@ class NativeRunner(TorchRunner):
             eps=self.config.rms_norm_eps,
             dtype=self.native.head.dtype,
         )
-        return self.native.library.linear(normed_MD, self.native.head) if num_full else None
+        return self.native.kernels.linear(normed_MD, self.native.head) if num_full else None

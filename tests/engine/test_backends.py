@@ -20,7 +20,7 @@ from support_engine import (
 )
 
 from mor.model.mor import MoR
-from mor.ops.native import library
+from mor.ops.native import compiled
 
 
 def check(model: MoR, backend: str, count: int) -> float:
@@ -34,7 +34,7 @@ def check(model: MoR, backend: str, count: int) -> float:
 
 @pytest.mark.parametrize("index", range(len(SERVED)))
 def test_compiled_kernels_give_the_plain_models_answers(index: int) -> None:
-    if library.load() is None:
+    if compiled.load() is None:
         pytest.skip("no compiler here")
     assert check(served_model(index, torch.float32), "native", 8) > 0.6
 
@@ -55,7 +55,7 @@ def test_triton_kernels_give_the_plain_models_answers(index: int) -> None:
 
 def test_answers_in_bf16_keep_their_depths_mostly() -> None:
     """Agreement in bf16 is reported, not promised; here it must be far from chance."""
-    if library.load() is None:
+    if compiled.load() is None:
         pytest.skip("no compiler here")
     wide = served_model(0, torch.float32)
     narrow = served_model(0, torch.float32).__class__(wide.config)

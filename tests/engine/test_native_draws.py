@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from mor.engine.params import SamplingParams
 from mor.engine.sampler import Sampler, SampleRow
-from mor.ops.native import library
+from mor.ops.native import compiled
 from mor.ops.native.sampling import Draws
 
-LIBRARY = library.load()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiler here")
+KERNELS = compiled.load()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiler here")
 
 
 def samplers() -> tuple[Sampler, Sampler]:
-    assert LIBRARY is not None
-    return Sampler(draws=Draws(LIBRARY)), Sampler()
+    assert KERNELS is not None
+    return Sampler(draws=Draws(KERNELS)), Sampler()
 
 
 def rows_of(count: int, *, seed: int = 0, **fields: Any) -> list[SampleRow]:

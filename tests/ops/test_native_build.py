@@ -14,7 +14,7 @@ from support_native import library, make_case
 from torch.nn import functional as F
 
 from mor.ops.native import build
-from mor.ops.native.library import Library, load
+from mor.ops.native.compiled import CompiledKernels, load
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_cache_folder_that_cannot_be_written_does_not_matter(monkeypatch, tmp_
     library()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert Library(build.open_library(("-O0",))).instructions == "portable"
+    assert CompiledKernels(build.open_library(("-O0",))).instructions == "portable"
 
 
 def test_what_was_compiled_is_loaded_again_and_mended_if_it_is_damaged(fresh, monkeypatch):
@@ -105,7 +105,7 @@ def test_older_processors_get_right_kernels_too(level, name):
     library()
     if name != "portable" and name not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         pytest.skip(f"this processor has no {name}")
-    lib = Library(build.open_library((f"-march={level}", "-O1")))
+    lib = CompiledKernels(build.open_library((f"-march={level}", "-O1")))
     assert lib.instructions == name
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         x, weight = torch.randn(37, 70), torch.randn(100, 70).to(dtype)

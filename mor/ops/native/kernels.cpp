@@ -1,4 +1,4 @@
-// The C interface: plain pointers and structs, as mor/ops/native/library.py lays them out.
+// The C interface: plain pointers and structs, as mor/ops/native/compiled.py lays them out.
 //
 // Functions that need memory return 0 when there is none; all others cannot fail.
 #include <cstdlib>

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mor.ops.native.library import Library
+from mor.ops.native.compiled import CompiledKernels
 
 DRAW = np.dtype(
     [
@@ -27,11 +27,11 @@ DRAW = np.dtype(
 class Draws:
     """Draws tokens with the compiled kernels."""
 
-    def __init__(self, library: Library) -> None:
-        self._sample = library.c.mor_sample
+    def __init__(self, kernels: CompiledKernels) -> None:
+        self._sample = kernels.c.mor_sample
         self._sample.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]
         self._sample.restype = None
-        self._argmax = library.argmax_rows
+        self._argmax = kernels.argmax_rows
 
     def __call__(self, logit_MV: Tensor, draws: npt.NDArray[np.void]) -> Tensor:
         """Return a token of every row, int64; -1 where the best logit is not finite.

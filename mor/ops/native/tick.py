@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mor.ops.native.library import LayerGroup, Library, check_memory
+from mor.ops.native.compiled import CompiledKernels, LayerGroup, check_memory
 
 Bools = npt.NDArray[np.bool_]
 
@@ -72,8 +72,8 @@ class State:
 class Ticks:
     """The three calls of a tick on one state."""
 
-    def __init__(self, library: Library, state: State) -> None:
-        self._c, self._state = library.c, ctypes.byref(state.struct)
+    def __init__(self, kernels: CompiledKernels, state: State) -> None:
+        self._c, self._state = kernels.c, ctypes.byref(state.struct)
         self._kept = state
         flights, byref = POINTER(_Flights), c_void_p
         self._c.mor_enter.argtypes = [byref, flights, byref, c_int]

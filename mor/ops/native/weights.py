@@ -1,6 +1,6 @@
 """Weights in the order in which the CPU kernels read them: alone, and as groups of layers.
 
-R recursions, I inputs, r rank; the other letters are those of library.py.
+R recursions, I inputs, r rank; the other letters are those of compiled.py.
 """
 
 from __future__ import annotations

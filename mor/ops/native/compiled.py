@@ -84,7 +84,7 @@ class NativeRows:
         )
 
 
-class Library:
+class CompiledKernels:
     """The compiled kernels; one instance, from `load()`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -242,15 +242,15 @@ class Library:
 
 
 @functools.cache
-def load() -> Library | None:
+def load() -> CompiledKernels | None:
     """Return the kernels, compiled at first use, or None where they cannot be had."""
     try:
-        library = Library(open_library())
+        kernels = CompiledKernels(open_library())
     except BuildError as error:
         logger.warning("CPU kernels: none, so torch's slower path is taken: %s", error)
         return None
-    logger.info("CPU kernels: compiled, %s", library.instructions)
-    return library
+    logger.info("CPU kernels: compiled, %s", kernels.instructions)
+    return kernels
 
 
 def _view_rows(kv_P2GPK: Tensor, rows: int) -> RowsStruct:
