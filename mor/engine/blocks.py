@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mor.config import ModelConfig
 
 Ints = npt.NDArray[np.int64]
+DEFAULT_KV_BYTES = 2**31
 
 
 class Layout(NamedTuple):
@@ -53,6 +54,22 @@ class Layout(NamedTuple):
     def page_tokens(self) -> Ints:
         """Tokens in a page of each table."""
         return np.array([self.own_page_tokens] + [self.block_page_tokens] * self.num_depths)
+
+    def count_pages(self, wanted_bytes: int, page_bytes: int, *, tokens: int, requests: int) -> int:
+        """Return the pages of a pool of wanted_bytes.
+
+        0 takes what so many requests of so many tokens need at full depth, at most 2 GiB but
+        enough for one. Raises ValueError when not one token fits
+        """
+        worst = self.worst_pages(tokens, self.num_depths)
+        most = max(worst, DEFAULT_KV_BYTES // page_bytes)
+        num_pages = wanted_bytes // page_bytes if wanted_bytes else min(worst * requests, most)
+        if num_pages < self.num_tables:
+            raise ValueError(
+                f"kv_cache_bytes is {wanted_bytes}, but one token needs "
+                f"{self.num_tables * page_bytes}; give more"
+            )
+        return num_pages
 
     def worst_pages(self, tokens: int, depth: int) -> int:
         """Pages that so many tokens of one request take at most."""

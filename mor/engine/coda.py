@@ -8,11 +8,13 @@ numbers of rows at every depth says which is better for so many requests in flig
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 TICKS = 48
 """simulated; the first third is left out"""
+PERIOD_TICKS = 256
+"""ticks for which a period holds"""
 
 
 class Costs(NamedTuple):
@@ -62,3 +64,24 @@ def _cost(rows: list[int], seconds: list[float], count: float) -> float:
         return seconds[0]
     share = min(max((count - rows[at - 1]) / (rows[at] - rows[at - 1]), 0.0), 1.0)
     return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
+
+
+class PeriodChooser:
+    """Chooses the period for so many requests in flight, anew now and then, since depths drift."""
+
+    def __init__(self, measure: Callable[[], Costs]) -> None:
+        self.measure = measure
+        """called once, when a period is first asked for"""
+        self._costs: Costs | None = None
+        self._chosen: dict[int, tuple[int, int]] = {}
+        """by requests in flight: the period, and the tick to choose it anew"""
+
+    def period(self, num_requests: int, shares: Sequence[float], tick: int) -> int:
+        """Return the ticks from one call of the coda to the next."""
+        if self._costs is None:
+            self._costs = self.measure()
+        period, due_tick = self._chosen.get(num_requests, (1, 0))
+        if tick >= due_tick:
+            period = best_period(self._costs, shares, num_requests)
+            self._chosen[num_requests] = period, tick + PERIOD_TICKS
+        return period

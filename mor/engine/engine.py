@@ -9,7 +9,6 @@ cache writes and sampling are part of every step.
 from __future__ import annotations
 
 import itertools
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,26 +19,21 @@ import torch
 from mor.checkpoint import load_calibration, load_model
 from mor.engine.blocks import BlockManager, Layout
 from mor.engine.captured import CapturedTicks
-from mor.engine.coda import Costs, best_period
+from mor.engine.coda import PeriodChooser
 from mor.engine.config import EngineConfig
-from mor.engine.core import DepthPolicy, Flight, Request
-from mor.engine.depth import depth_policy
+from mor.engine.core import Flight, Request
 from mor.engine.groups import build_captured, build_groups, build_runner
+from mor.engine.intake import Intake, Prompt
 from mor.engine.outputs import RequestOutput, StepOutput, output_of
 from mor.engine.params import SamplingParams
 from mor.engine.prefix import PrefixCache
 from mor.engine.runner import Finished
-from mor.engine.sampler import Sampler, SampleRow, TokenLogprobs, token_logprobs
+from mor.engine.sampler import Sampler, TokenLogprobs, token_logprobs
 from mor.engine.scheduler import Scheduler
-from mor.engine.stops import StopChecker
 from mor.log import progress
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
 
-DEFAULT_KV_BYTES = 2**31
-PERIOD_TICKS = 256
-
-Prompt = str | Sequence[int]
 OnOutput = Callable[[StepOutput], None]
 
 
@@ -48,7 +42,7 @@ class Engine:
 
     model        in evaluation mode, on its device
     tokenizer    for text prompts, text out and stop strings; ids work without
-    calibration  score quantiles of the model folder, for target depths
+    calibration  logit quantiles of the model folder, for target depths
     Raises       ValueError for keys and values of the strategy `hybrid`, and for sizes that do not
                  fit
     """
@@ -64,7 +58,6 @@ class Engine:
         self.model = model.eval()
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
-        self.calibration = calibration
         context = model.config.max_position_embeddings
         self.max_model_len = config.max_model_len or context
         if self.max_model_len > context:
@@ -79,7 +72,12 @@ class Engine:
         self.layout = Layout.of(model.config, config.block_size)
         weight = model.model.embed_tokens.weight
         self.page_bytes = self.layout.page_elements * weight.element_size()
-        num_pages = self._num_pages(self.layout, self.page_bytes)
+        num_pages = self.layout.count_pages(
+            config.kv_cache_bytes,
+            self.page_bytes,
+            tokens=self.max_model_len,
+            requests=config.max_num_seqs,
+        )
         pool = torch.empty(
             num_pages, self.layout.page_elements, dtype=weight.dtype, device=weight.device
         )
@@ -90,11 +88,17 @@ class Engine:
         self.requests: dict[str, list[Request]] = {}
         self.callbacks: dict[str, OnOutput] = {}
         self._ids = itertools.count()
-        self._costs: Costs | None = None
-        self._periods: dict[int, tuple[int, int]] = {}
-        """by requests in flight: the coda's period, and the tick to choose it anew"""
         self._build_state(num_pages)
-        self.thresholds = self.runner.router.thresholds()
+        self.periods = PeriodChooser(lambda: self.runner.measure(config.max_num_seqs))
+        self.intake = Intake(
+            model.config,
+            layout=self.layout,
+            num_pages=num_pages,
+            max_model_len=self.max_model_len,
+            thresholds=self.runner.router.thresholds(),
+            tokenizer=tokenizer,
+            calibration=calibration,
+        )
 
     def _build_state(self, num_pages: int) -> None:
         """Make everything that a tick changes, the pool apart: nobody reads what it held."""
@@ -141,22 +145,6 @@ class Engine:
         tokenizer = Tokenizer.load(folder, eos_token=model.config.eos_token_id)
         return cls(model, config, tokenizer=tokenizer, calibration=load_calibration(folder))
 
-    def _num_pages(self, layout: Layout, page_bytes: int) -> int:
-        depth = layout.num_depths
-        worst = layout.worst_pages(self.max_model_len, depth)
-        if self.config.kv_cache_bytes:
-            num_pages = self.config.kv_cache_bytes // page_bytes
-        else:
-            num_pages = min(
-                worst * self.config.max_num_seqs, max(worst, DEFAULT_KV_BYTES // page_bytes)
-            )
-        if num_pages < layout.num_tables:
-            raise ValueError(
-                f"kv_cache_bytes is {self.config.kv_cache_bytes}, but one token needs "
-                f"{layout.num_tables * page_bytes}; give more"
-            )
-        return num_pages
-
     def add(
         self,
         prompt: Prompt,
@@ -174,89 +162,13 @@ class Engine:
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is in use; give another")
-        ids = self._prompt_ids(prompt)
-        self._check_ids(ids)
-        params.check_vocab(self.model.config.vocab_size)
-        policy = depth_policy(
-            params,
-            self.model.config,
-            thresholds=self.thresholds,
-            calibration=self.calibration,
-        )
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        answers = [
-            self._answer(request_id, index, ids, params, policy, seed) for index in range(params.n)
-        ]
+        answers = self.intake.requests(request_id, prompt, params)
         self.requests[request_id] = answers
         if on_output is not None:
             self.callbacks[request_id] = on_output
         for answer in answers:
             self.scheduler.add(answer)
         return request_id
-
-    def _answer(
-        self,
-        request_id: str,
-        index: int,
-        ids: list[int],
-        params: SamplingParams,
-        policy: DepthPolicy,
-        seed: int,
-    ) -> Request:
-        """Make the request of one of the n answers to a prompt."""
-        eos = self.model.config.eos_token_id
-        output_ids: list[int] = []
-        return Request(
-            request_id=request_id,
-            index=index,
-            prompt_ids=ids,
-            params=params,
-            policy=policy,
-            stops=StopChecker(
-                params,
-                prompt_length=len(ids),
-                context=self.max_model_len,
-                eos_id=eos,
-                tokenizer=self.tokenizer,
-            ),
-            sample_row=SampleRow(
-                params=params,
-                seed=seed,
-                sample=index,
-                prompt_ids=ids,
-                output_ids=output_ids,
-                eos_id=eos,
-            ),
-            output_ids=output_ids,
-        )
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the prompt is text, but there is no tokenizer; give token ids")
-            bos = self.model.config.bos_token_id
-            return [*([] if bos is None else [bos]), *self.tokenizer.encode(prompt)]
-        return list(prompt)
-
-    def _check_ids(self, ids: list[int]) -> None:
-        vocab = self.model.config.vocab_size
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        outside = [token for token in ids if not 0 <= token < vocab]
-        if outside:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab} entries")
-
-    def _check_pages(self, ids: list[int], params: SamplingParams) -> None:
-        """Refuse a request that would not fit if it were alone and every token went deep."""
-        room = self.max_model_len - len(ids)
-        new = room if params.max_tokens is None else min(params.max_tokens, room)
-        depth = params.max_recursions or self.model.config.num_recursions
-        pages = self.layout.worst_pages(len(ids) + new, depth)
-        if pages > self.blocks.num_pages:
-            raise ValueError(
-                f"{len(ids)} prompt tokens and {new} new ones may need {pages} pages of keys and "
-                f"values, there are {self.blocks.num_pages}; ask for fewer or raise kv_cache_bytes"
-            )
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; what it held is free at once. Unknown ids are ignored."""
@@ -459,14 +371,8 @@ class Engine:
         """Return the ticks from one call of the coda to the next for so many requests."""
         if self.config.coda_period or num_running <= 1 or self.model.config.num_recursions == 1:
             return self.config.coda_period or 1
-        if self._costs is None:
-            self._costs = self.runner.measure(self.config.max_num_seqs)
-        period, due_tick = self._periods.get(num_running, (1, 0))
-        if self.scheduler.tick >= due_tick:  # depths drift: look again now and then
-            shares = self.scheduler.active_share.tolist()
-            period = best_period(self._costs, shares, num_running)
-            self._periods[num_running] = period, self.scheduler.tick + PERIOD_TICKS
-        return period
+        scheduler = self.scheduler
+        return self.periods.period(num_running, scheduler.active_share.tolist(), scheduler.tick)
 
     @property
     def kv_dtype(self) -> torch.dtype:

@@ -12,7 +12,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple
 
-from mor.engine.engine import Engine, Prompt
+from mor.engine.engine import Engine
+from mor.engine.intake import Prompt
 from mor.engine.outputs import StepOutput
 from mor.engine.params import SamplingParams
 from mor.log import logger
