@@ -153,7 +153,8 @@ class Sampler:
                 special = [i for i in special if rows[i].params.changes_logits]
                 if plain:
                     logit_MV = logit_NV if len(plain) == len(rows) else logit_NV[plain]
-                    token_N[plain] = self._draws(logit_MV, _records([rows[i] for i in plain]))
+                    records = _records([rows[i] for i in plain])
+                    token_N[plain] = self._draws(logit_MV, token_N[plain], records)
             for some in _chunks(special, logit_NV):
                 token_N[some] = _draw(logit_NV[some].float(), [rows[i] for i in some])
             failed_N = failed_N | (token_N < 0)

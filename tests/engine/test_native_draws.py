@@ -59,6 +59,19 @@ def test_ties_are_kept_and_cut_alike() -> None:
         assert torch.equal(fast, plain)
 
 
+@pytest.mark.parametrize(
+    ("scores", "temperature"), [([1e-8, 0.0, 5e-9], 1.0), ([1.0, 0.0, 0.5], 1e30)]
+)
+def test_scores_that_differ_are_no_ties_though_their_weights_are_equal(
+    scores: list[float], temperature: float
+) -> None:
+    logits = torch.tensor([scores]).repeat(100, 1)
+    for k, kept in ((1, {0}), (2, {0, 2})):
+        rows = rows_of(100, top_k=k, temperature=temperature)
+        for sampler in samplers():
+            assert set(sampler.sample(logits, rows).token_N.tolist()) == kept
+
+
 def test_what_is_masked_is_never_drawn_and_broken_rows_are_told() -> None:
     inf = math.inf
     logits = torch.tensor([[0.0, -inf, 1.0], [math.nan, 0, 0], [-inf] * 3, [0, inf, 0]])

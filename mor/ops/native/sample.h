@@ -27,17 +27,10 @@ class RowSampler {
     double total = weigh(logits, logits[best], float(1.0 / draw.temperature));
     Edge edge{float(draw.min_p), count};
     const bool has_top_k = 0 < draw.top_k && draw.top_k < count;
-    if (has_top_k || draw.top_p < 1) {
-      fill_buckets();
-      if (has_top_k) {
-        const float last = edge_of(double(draw.top_k), bucket_count_).last;
-        total = mass_from(last);
-        if (last > edge.last) edge = {last, count};  // all that equal the k-th stay
-      }
-      if (draw.top_p < 1) {
-        const Edge by_mass = edge_of(draw.top_p * total, bucket_mass_);
-        if (by_mass.last >= edge.last) edge = by_mass;
-      }
+    if (has_top_k) total = keep_top_k(logits, logits[best], float(draw.temperature), draw.top_k);
+    if (draw.top_p < 1) {
+      const Edge by_mass = edge_of_mass(draw.top_p * total);
+      if (by_mass.last >= edge.last) edge = by_mass;
     }
     return pick(edge, draw.number);
   }
@@ -83,39 +76,46 @@ class RowSampler {
     return choose(is_tiny, vec{}, choose(value > 1.0f, splat(1.0f), value));
   }
 
-  void fill_buckets() {
-    bucket_mass_.assign(kBuckets, 0.0);
-    bucket_count_.assign(kBuckets, 0.0);
+  // Set the weights below the k-th best score to 0; ties of it stay. Returns the sum of the rest.
+  // Scores decide, since those that differ may have equal weights.
+  double keep_top_k(const float* logits, float best, float temperature, int64_t k) {
+    bucket_.assign(kBuckets, 0.0);
+    for (long i = 0; i < count_; i++) bucket_[bucket_of(weight_[i])] += 1;
+    int64_t before = 0;
+    int bucket = kBuckets - 1;
+    for (; before + int64_t(bucket_[bucket]) < k; bucket--) before += int64_t(bucket_[bucket]);
+    const auto score = [&](long i) { return (logits[i] - best) / temperature; };
+    inside_.clear();
+    for (long i = 0; i < count_; i++)
+      if (bucket_of(weight_[i]) == bucket) inside_.push_back(score(i));
+    const auto kth = inside_.begin() + (k - before - 1);
+    std::nth_element(inside_.begin(), kth, inside_.end(), std::greater<float>());
+    double total = 0;
     for (long i = 0; i < count_; i++) {
-      const int bucket = bucket_of(weight_[i]);
-      bucket_mass_[bucket] += weight_[i];
-      bucket_count_[bucket] += 1;
+      const int at = bucket_of(weight_[i]);
+      if (at < bucket || (at == bucket && score(i) < *kth)) weight_[i] = 0;
+      total += weight_[i];
     }
+    return total;
   }
 
-  // Where the heaviest weights reach `wanted`, of their sum or of their number.
-  Edge edge_of(double wanted, const std::vector<double>& buckets) {
+  // Where the heaviest weights reach `wanted` together.
+  Edge edge_of_mass(double wanted) {
+    bucket_.assign(kBuckets, 0.0);
+    for (long i = 0; i < count_; i++) bucket_[bucket_of(weight_[i])] += weight_[i];
     double reached = 0;
     int bucket = kBuckets - 1;
-    for (; bucket > 0 && reached + buckets[bucket] < wanted; bucket--) reached += buckets[bucket];
-    const bool by_number = &buckets == &bucket_count_;
+    for (; bucket > 0 && reached + bucket_[bucket] < wanted; bucket--) reached += bucket_[bucket];
     inside_.clear();
     for (long i = 0; i < count_; i++)
       if (bucket_of(weight_[i]) == bucket) inside_.push_back(weight_[i]);
     std::sort(inside_.begin(), inside_.end(), std::greater<float>());
     size_t at = 0;
     for (; at < inside_.size(); at++)
-      if ((reached += by_number ? 1.0 : double(inside_[at])) >= wanted) break;
+      if ((reached += double(inside_[at])) >= wanted) break;
     if (at >= inside_.size()) return {inside_.empty() ? 0.0f : inside_.back(), count_};
     const auto equal = std::find(inside_.begin(), inside_.end(), inside_[at]);
     return {inside_[at], int64_t(inside_.begin() + at - equal) + 1};
-  }
-
-  double mass_from(float last) const {
-    double total = 0;
-    for (long i = 0; i < count_; i++)
-      if (weight_[i] >= last) total += weight_[i];
-    return total;
   }
 
   // The first place at which the kept weights add up to more than this share of their sum.
@@ -138,6 +138,6 @@ class RowSampler {
 
   long count_ = 0;
   std::vector<float> weight_, inside_;
-  std::vector<double> bucket_mass_, bucket_count_;
+  std::vector<double> bucket_;  // a number or a sum of weights each
   std::vector<int32_t> kept_;
 };

@@ -31,17 +31,17 @@ class Draws:
         self._sample = kernels.c.mor_sample
         self._sample.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]
         self._sample.restype = None
-        self._argmax = kernels.argmax_rows
 
-    def __call__(self, logit_MV: Tensor, draws: npt.NDArray[np.void]) -> Tensor:
-        """Return a token of every row, int64; -1 where the best logit is not finite.
+    def __call__(self, logit_MV: Tensor, best_M: Tensor, draws: npt.NDArray[np.void]) -> Tensor:
+        """Return a token of every row, int64; -1 where best_M is.
 
         logit_MV  fp32
+        best_M    what the argmax of the rows is, int64; -1 where that logit is not finite
         draws     M records of DRAW
         """
         assert logit_MV.dtype == torch.float32 and logit_MV.is_contiguous()
         assert draws.dtype == DRAW and len(draws) == len(logit_MV) and draws.flags.c_contiguous
-        best_M = self._argmax(logit_MV)
+        assert best_M.dtype == torch.int64 and best_M.is_contiguous()
         out_M = torch.empty_like(best_M)
         self._sample(
             logit_MV.data_ptr(),
