@@ -14,6 +14,7 @@ import pytest
 
 from mor import cli
 from mor.cli import COMMANDS, main
+from mor.commands import Eval, Generate
 
 Capsys = pytest.CaptureFixture[str]
 NO_TORCH = """
@@ -96,7 +97,7 @@ def test_json_is_all_that_a_command_prints_on_stdout(
 
 
 def test_not_a_number_is_null_in_json(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "plan", (cli.Generate, lambda _: {"a": [float("nan"), 1.5]}))
+    monkeypatch.setitem(cli.COMMANDS, "plan", (Generate, lambda _: {"a": [float("nan"), 1.5]}))
     monkeypatch.setattr(cli, "_with_recipe", lambda _, args: args)
     assert main(["plan", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5]}
@@ -133,7 +134,7 @@ def library_fault(args: Any) -> dict[str, Any]:
 def test_exit_codes_tell_whose_fault_it_is(
     run: Any, code: int, last_line: str, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "eval", (cli.Eval, run))
+    monkeypatch.setitem(cli.COMMANDS, "eval", (Eval, run))
     assert main(["eval", "m", "--data", "d", "--json"]) == code
     said = capsys.readouterr()
     assert said.out == ""
@@ -152,3 +153,12 @@ def test_the_module_runs_as_the_command_does() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "mor: command 'pln' is unknown; did you mean plan?\n"
+
+
+def test_a_reader_that_left_is_no_fault() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mor", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tyro
 
-from mor.cli import Plan
+from mor.commands import Plan
 from mor.train.config import (
     TrainConfig,
     load_recipe,

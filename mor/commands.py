@@ -1,0 +1,361 @@
+"""The commands of `mor`: one dataclass of flags each, and what runs with them. Imports no torch.
+
+Work is imported when a command starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from mor.bench.config import BenchTrainConfig
+from mor.bench.serve_config import BenchDecodeConfig, BenchPrefillConfig
+from mor.config import ModelConfig
+from mor.data.config import PrepareConfig
+from mor.engine.config import Backend
+from mor.engine.params import SamplingParams
+from mor.log import logger
+from mor.train.config import Recipe, TrainConfig
+
+if TYPE_CHECKING:
+    from mor.engine.engine import Engine
+
+RecipePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+ModelFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train a small MoR, its vanilla twin and two controls on real text, and compare them."""
+
+    out: Path
+    """folder for the run: report.html and one folder per model"""
+    quick: bool = False
+    """end within a minute; the numbers say little"""
+    input: tuple[Path, ...] = ()
+    """own text instead of the Python standard library"""
+    seed: int = 0
+    """seed of weights, data order and the random router"""
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Turn text, code or JSONL into token shards that training reads."""
+
+    config: tyro.conf.OmitArgPrefixes[PrepareConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model from a recipe: `mor train RECIPE --data PREPARED --out DIR`."""
+
+    recipe: RecipePath
+    """TOML file of the fields below; flags given after it win"""
+    data: Path
+    """folder that `mor prepare` wrote"""
+    out: Path
+    """folder for checkpoints, metrics.jsonl and the model"""
+    resume: bool = False
+    """go on from the newest checkpoint in --out"""
+    json: bool = False
+    """print one JSON object as the last line"""
+    model: ModelConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn, how deep they go, and on what."""
+
+    max_tokens: int = 128
+    """new tokens at most"""
+    temperature: float = 0.8
+    """0 is greedy"""
+    top_k: int = 0
+    """draw from the k likeliest tokens, 0 for all"""
+    top_p: float = 0.95
+    """draw from the likeliest tokens that reach this share together"""
+    min_p: float = 0.0
+    """draw from tokens with at least this share of the likeliest one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1 makes tokens of prompt and answer less likely"""
+    presence_penalty: float = 0.0
+    """taken off the logit of every token in the answer"""
+    frequency_penalty: float = 0.0
+    """taken off a token's logit for each time it is in the answer"""
+    stop: tuple[str, ...] = ()
+    """texts that end the answer"""
+    seed: int = 0
+    """seed of the draws"""
+    max_recursions: int | None = None
+    """recursions that a token may take; all of the model unless given"""
+    threshold_shift: float = 0.0
+    """added to every threshold: above 0 fewer tokens go on"""
+    target_depth: float | None = None
+    """mean depth to aim at, by the scores that the model folder keeps"""
+    backend: Backend = "auto"
+    """native: compiled for the CPU; triton: on a GPU; torch: plain; auto: the fastest to be had"""
+    device: str = "auto"
+    """cpu, cuda or auto"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """type of the weights; auto is bfloat16 where the processor multiplies it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Write text with a model folder; a token that left early costs nothing further."""
+
+    model: ModelFolder
+    """model folder"""
+    prompt: str = ""
+    """text to go on from; empty begins a new document"""
+    prompt_file: Path | None = None
+    """file to read the prompt from, - for standard input"""
+    ignore_eos: bool = False
+    """go on after the end of the document"""
+    logprobs: int | None = None
+    """with --json: so many likeliest tokens beside each drawn one, with their log-probabilities"""
+    show_depth: bool = False
+    """colour every token by the recursions it took"""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling]
+    json: bool = False
+    """print one JSON object with tokens and depths as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk with a model folder; Ctrl-C stops an answer, Ctrl-D ends."""
+
+    model: ModelFolder
+    """model folder"""
+    system: str = ""
+    """what the model is told before the conversation"""
+    show_depth: bool = False
+    """colour every token by the recursions it took"""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling]
+    json: bool = False
+    """print one JSON object with all turns as the last line, instead of the answers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure loss and bits per byte of a model folder under causal routing."""
+
+    model: ModelFolder
+    """model folder"""
+    data: Path
+    """folder that `mor prepare` wrote, with the model's tokenizer"""
+    split: Literal["val", "heldout", "train"] = "val"
+    """which part of it"""
+    limit_tokens: int = 0
+    """stop after so many tokens, 0 for the whole split"""
+    context: int = 0
+    """tokens of a row; 0 for what the model allows, at most 2048"""
+    also_top_k: bool = False
+    """measure once more with top-k routing, which peeks at the future; only shown beside"""
+    device: str = "auto"
+    """cpu, cuda or auto"""
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Predict parameters, FLOPs, keys and values and memory of a recipe beside its vanilla twin."""
+
+    recipe: RecipePath
+    """TOML file of the fields below; flags given after it win"""
+    json: bool = False
+    """print one JSON object as the last line"""
+    model: ModelConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain:
+    """Time training steps of MoR, its vanilla twin and transformers' Llama, and their memory."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchTrainConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecode:
+    """Serve requests with MoR and its vanilla twin, beside what the kernels alone allow."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchDecodeConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPrefill:
+    """Time reading prompts with MoR and its vanilla twin."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchPrefillConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+def run_demo(args: Demo) -> dict[str, Any]:
+    from mor.demo import demo
+
+    return demo(args.out, quick=args.quick, inputs=args.input, seed=args.seed, argv=sys.argv[1:])
+
+
+def run_prepare(args: Prepare) -> dict[str, Any]:
+    from mor.data.prepare import prepare
+
+    manifest = prepare(args.config)
+    return {"out": str(args.config.out), **dataclasses.asdict(manifest)}
+
+
+def run_train(args: Train) -> dict[str, Any]:
+    from mor.data.loader import PreparedData
+    from mor.train.trainer import train
+
+    recipe = Recipe(model=args.model, train=args.train)
+    summary = train(recipe, data=PreparedData.open(args.data), out=args.out, resume=args.resume)
+    logger.info(
+        "%s: causal validation loss %.4f, %.4f bits per byte at mean depth %.2f",
+        summary.model,
+        summary.val_loss,
+        summary.bits_per_byte,
+        summary.mean_depth,
+    )
+    return summary._asdict()
+
+
+def run_generate(args: Generate) -> dict[str, Any]:
+    from mor.write import write_text
+
+    prompt = args.prompt
+    if args.prompt_file is not None:
+        if args.prompt:
+            raise ValueError("both --prompt and --prompt-file are given; give one of them")
+        is_stdin = str(args.prompt_file) == "-"
+        raw = sys.stdin.buffer.read() if is_stdin else args.prompt_file.read_bytes()
+        try:
+            prompt = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.prompt_file} is not UTF-8 at byte {error.start}") from error
+    params = _params(
+        args.sampling,
+        ignore_eos=args.ignore_eos,
+        skip_special_tokens=not args.ignore_eos,
+        logprobs=args.logprobs,
+    )
+    engine = _engine(args.model, args.sampling)
+    return write_text(engine, prompt, params, show_depth=args.show_depth, quiet=args.json)
+
+
+def run_chat(args: Chat) -> dict[str, Any]:
+    from mor.chat import chat
+    from mor.chat_template import check_extra
+
+    check_extra()
+    params = _params(args.sampling)
+    return chat(
+        args.model,
+        _engine(args.model, args.sampling),
+        params,
+        system=args.system,
+        show_depth=args.show_depth,
+        quiet=args.json,
+    )
+
+
+def _params(sampling: Sampling, **more: Any) -> SamplingParams:
+    fields: dict[str, Any] = dict(dataclasses.asdict(sampling))
+    for name in ("backend", "device", "dtype"):
+        del fields[name]
+    return SamplingParams(**fields, **more)
+
+
+def _engine(model: Path, sampling: Sampling) -> Engine:
+    from mor.write import open_engine
+
+    return open_engine(
+        model, device=sampling.device, dtype=sampling.dtype, backend=sampling.backend
+    )
+
+
+def run_eval(args: Eval) -> dict[str, Any]:
+    from mor.evals.loss import evaluate_folder
+
+    return evaluate_folder(
+        args.model,
+        args.data,
+        split=args.split,
+        limit_tokens=args.limit_tokens,
+        context=args.context,
+        also_top_k=args.also_top_k,
+        device=args.device,
+    )
+
+
+def run_plan(args: Plan) -> dict[str, Any]:
+    from mor.explore.plan import plan, print_plan
+
+    result = plan(args.model, args.train)
+    if not args.json:
+        print_plan(result)
+    return result
+
+
+def run_bench_train(args: BenchTrain) -> dict[str, Any]:
+    from mor.bench.table import print_table, verdict
+    from mor.bench.train import bench_train
+
+    result = bench_train(args.config)
+    print_table(result, sys.stderr if args.json else sys.stdout)
+    for line in verdict(result["rows"]):
+        logger.info("%s", line)
+    return result
+
+
+def run_bench_decode(args: BenchDecode) -> dict[str, Any]:
+    from mor.bench.decode import bench_decode
+    from mor.bench.serve_table import print_decode, verdict
+
+    result = bench_decode(args.config)
+    print_decode(result, sys.stderr if args.json else sys.stdout)
+    for line in verdict(result):
+        logger.info("%s", line)
+    return result
+
+
+def run_bench_prefill(args: BenchPrefill) -> dict[str, Any]:
+    from mor.bench.prefill import bench_prefill
+    from mor.bench.serve_table import print_prefill
+
+    result = bench_prefill(args.config)
+    print_prefill(result, sys.stderr if args.json else sys.stdout)
+    return result
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
+    "demo": (Demo, run_demo),
+    "prepare": (Prepare, run_prepare),
+    "train": (Train, run_train),
+    "generate": (Generate, run_generate),
+    "chat": (Chat, run_chat),
+    "eval": (Eval, run_eval),
+    "plan": (Plan, run_plan),
+    "bench train": (BenchTrain, run_bench_train),
+    "bench decode": (BenchDecode, run_bench_decode),
+    "bench prefill": (BenchPrefill, run_bench_prefill),
+}
+GROUPS = ("bench",)
+"""first words of commands of two words"""
