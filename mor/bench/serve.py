@@ -23,7 +23,7 @@ from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.model.mor import MoR
 
-MAX_STARVED_TICKS = 8
+MAX_STARVED_TICKS = 2
 """ticks in a row in which a request waits although the batch is full: pages are short"""
 
 

@@ -205,7 +205,8 @@ class TableMaker:
                     lines.append(Line((1.0,), (0.0,)))
                     continue
                 known = [n for n in rows if (name, n, count) in median]
-                over = [max(median[name, n, count] / layers - layer_s(n), 0.0) for n in known]
+                # noise may go below 0: cut off, it would not average out
+                over = [median[name, n, count] / layers - layer_s(n) for n in known]
                 lines.append(Line(tuple(known), tuple(over)))
             return Grid(tuple(keys), tuple(lines))
 
