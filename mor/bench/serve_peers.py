@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -73,35 +74,55 @@ class OurPeer:
         pass
 
 
-def _generate(twin: MoR) -> Peer:
+def _generate(config: BenchDecodeConfig, twin: MoR) -> Peer:
     from mor.bench.peers_transformers import StaticBatch
 
     return StaticBatch(twin)
 
 
-def _continuous(twin: MoR) -> Peer:
+def _continuous(config: BenchDecodeConfig, twin: MoR) -> Peer:
     from mor.bench.peers_transformers import ContinuousBatch
 
     return ContinuousBatch(twin)
 
 
-def _llama(twin: MoR) -> Peer:
+def _llama(config: BenchDecodeConfig, twin: MoR) -> Peer:
     from mor.bench.peers_llama_cpp import LlamaCpp
 
     return LlamaCpp(twin)
 
 
-def _llama_q4(twin: MoR) -> Peer:
+def _llama_q4(config: BenchDecodeConfig, twin: MoR) -> Peer:
     from mor.bench.peers_llama_cpp import LlamaCpp
 
     return LlamaCpp(twin, is_quantised=True)
 
 
-PEERS: dict[str, tuple[tuple[str, ...], Callable[[MoR], Peer]]] = {
+def _openvino(config: BenchDecodeConfig, twin: MoR) -> Peer:
+    from mor.bench.peers_openvino import OpenVino
+
+    most = max(config.in_flight)
+    return OpenVino(twin, max_rows=max(512, 2 * most), max_requests=most)
+
+
+def _vllm(config: BenchDecodeConfig, twin: MoR) -> Peer:
+    from mor.bench.peers_vllm import Vllm
+
+    return Vllm(
+        twin,
+        python=str(config.vllm_python or sys.executable),
+        max_model_len=PROMPT_LEN + NEW_TOKENS,
+        max_requests=max(config.in_flight),
+    )
+
+
+PEERS: dict[str, tuple[tuple[str, ...], Callable[[BenchDecodeConfig, MoR], Peer]]] = {
     "transformers generate": (("transformers",), _generate),
     "transformers continuous batching": (("transformers",), _continuous),
     "llama.cpp": (("llama_cpp", "gguf"), _llama),
     "llama.cpp Q4_0": (("llama_cpp", "gguf"), _llama_q4),
+    "OpenVINO GenAI": (("openvino_genai", "gguf"), _openvino),
+    "vLLM CPU": (("vllm", "transformers"), _vllm),
 }
 """Packages that each needs, and what builds it."""
 
@@ -117,10 +138,12 @@ def bench_peers(config: BenchDecodeConfig, twin: MoR, mor: MoR) -> list[dict[str
         peers = []
         for name, (packages, build) in PEERS.items():
             missing = missing_of(packages)
+            if config.vllm_python is not None and "vllm" in missing:
+                missing.remove("vllm")
             if missing:
                 logger.info("%s: skipped, not installed: %s", name, ", ".join(missing))
                 continue
-            peers.append(build(twin))
+            peers.append(build(config, twin))
             stack.callback(peers[-1].close)
         for batch in sorted({1, *config.in_flight}):
             name = f"mor{mor.config.num_recursions}"

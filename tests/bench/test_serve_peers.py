@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +45,7 @@ def test_a_peer_draws_what_the_twins_weights_say(name: str):
     for package in packages:
         pytest.importorskip(package)
     twin, _ = models()
-    peer = build(twin)
+    peer = build(config(), twin)
     prompts = [[5, 9, 60, 3, 8, 21, 40], [1, 2, 3, 4, 50, 6, 7]]
     tokens = peer.run(prompts, 6)
     peer.close()
@@ -83,9 +86,75 @@ class Wrong:
 def test_a_peer_with_other_weights_is_found(monkeypatch: pytest.MonkeyPatch):
     twin, mor = models()
 
-    def build(twin: MoR) -> Peer:
+    def build(config: BenchDecodeConfig, twin: MoR) -> Peer:
         return Wrong()
 
     monkeypatch.setattr(serve_peers, "PEERS", {"wrong": ((), build)})
     with pytest.raises(RuntimeError, match="wrong draws a token that is"):
         bench_peers(config(), twin, mor)
+
+
+FAKE_VLLM = """
+import os
+__version__ = "0.0-fake"
+
+class SamplingParams:
+    def __init__(self, **given):
+        self.max_tokens = given["max_tokens"]
+        assert given["temperature"] == 0 and given["ignore_eos"]
+
+class Output:
+    def __init__(self, ids):
+        self.token_ids, self.outputs = ids, [self]
+
+class LLM:
+    def __init__(self, model, **given):
+        print("noise on stdout")
+        assert os.path.exists(os.path.join(model, "model.safetensors"))
+        assert given["enable_prefix_caching"] is False and given["max_num_seqs"] == 2
+        if os.environ.get("FAKE_FAILS"):
+            raise ValueError("no room")
+
+    def generate(self, prompts, params, use_tqdm):
+        if os.environ.get("FAKE_DIES"):
+            os._exit(3)
+        return [Output([p["prompt_token_ids"][0]] * params.max_tokens) for p in prompts]
+"""
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchDecodeConfig:
+    """A `vllm` that answers with a prompt's first token."""
+    pytest.importorskip("transformers")
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return dataclasses.replace(config(), vllm_python=Path(sys.executable))
+
+
+def test_vllm_runs_in_a_child_process(fake_vllm: BenchDecodeConfig):
+    peer = PEERS["vLLM CPU"][1](fake_vllm, models()[0])
+    assert peer.run([[7, 1], [9, 2]], 3) == [[7, 7, 7], [9, 9, 9]]
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("FAKE_FAILS", "ValueError: no room"), ("FAKE_DIES", "it ended; ")]
+)
+def test_a_vllm_that_fails_says_why(
+    fault: str, said: str, fake_vllm: BenchDecodeConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def start_and_run() -> None:
+        peer = PEERS["vLLM CPU"][1](fake_vllm, models()[0])
+        try:
+            peer.run([[7, 1], [9, 2]], 3)
+        finally:
+            peer.close()
+
+    monkeypatch.setenv(fault, "1")
+    with pytest.raises(RuntimeError, match=said):
+        start_and_run()
+
+
+def test_a_python_that_is_not_there_is_said():
+    with pytest.raises(ValueError, match="vllm_python is /none/python, which is no file"):
+        BenchDecodeConfig(vllm_python=Path("/none/python"))
