@@ -20,6 +20,7 @@ from mor.config import ModelConfig
 from mor.data.config import PrepareConfig
 from mor.engine.config import Backend
 from mor.engine.params import SamplingParams
+from mor.experiment.config import ExperimentConfig
 from mor.log import logger
 from mor.train.config import Recipe, TrainConfig
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mor.engine.engine import Engine
 
 RecipePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+OptionalRecipe = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
 ModelFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
@@ -208,6 +210,17 @@ class BenchPrefill:
     """print one JSON object as the last line"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Run the trainings of one recipe and say what they show; goes on where it was stopped."""
+
+    recipe: OptionalRecipe = None
+    """TOML file of an experiment, such as recipes/experiments/claims-cpu.toml"""
+    config: tyro.conf.OmitArgPrefixes[ExperimentConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
 def run_demo(args: Demo) -> dict[str, Any]:
     from mor.demo import demo
 
@@ -345,6 +358,19 @@ def run_bench_prefill(args: BenchPrefill) -> dict[str, Any]:
     return result
 
 
+def run_experiment(args: Experiment) -> dict[str, Any]:
+    if args.config.render:
+        from mor.experiment.render import render
+
+        return render(args.config.render, kept=args.config.kept)
+    if args.recipe is None:
+        raise ValueError("there is no recipe; write mor experiment RECIPE --data DATA --out OUT")
+    from mor.experiment.run import list_members, run_experiment
+
+    run = list_members if args.config.list else run_experiment
+    return run(args.recipe, args.config)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "demo": (Demo, run_demo),
     "prepare": (Prepare, run_prepare),
@@ -356,6 +382,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "bench train": (BenchTrain, run_bench_train),
     "bench decode": (BenchDecode, run_bench_decode),
     "bench prefill": (BenchPrefill, run_bench_prefill),
+    "experiment": (Experiment, run_experiment),
 }
 GROUPS = ("bench",)
 """first words of commands of two words"""

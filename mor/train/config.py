@@ -163,13 +163,18 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
         check_choice(f"{path}: table", table, list(RECIPE_TABLES))
         if not isinstance(fields, dict):
             raise ValueError(f"{path}: {table} must be a table; write [{table}]")
-        hints = typing.get_type_hints(RECIPE_TABLES[table])
-        for key, value in fields.items():
-            check_choice(f"{path}: key in [{table}]", key, list(hints))
-            if not _fits(value, hints[key]):
-                wanted = getattr(hints[key], "__name__", str(hints[key]))
-                raise ValueError(f"{path}: {table}.{key} is {value!r}; give a value of {wanted}")
+        check_fields(f"{path}: [{table}]", table, fields)
     return data
+
+
+def check_fields(where: str, table: str, fields: dict[str, Any]) -> None:
+    """Raise ValueError for a key that a table has not, or a value of another type."""
+    hints = typing.get_type_hints(RECIPE_TABLES[table])
+    for key, value in fields.items():
+        check_choice(f"{where}: key", key, list(hints))
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise ValueError(f"{where}: {table}.{key} is {value!r}; give a value of {wanted}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

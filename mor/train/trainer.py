@@ -88,11 +88,7 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
     heldout = held_batches(data, "heldout", recipe)
     _open_run(out, recipe, data, resume=resume)
 
-    torch.manual_seed(config.seed)
-    model = MoR(recipe.model).to(device).train()
-    model.model.recompute = config.recompute
-    if config.compile:
-        model.model.compile_layers()
+    model = new_model(recipe, device)
     optimizer = build_optimizer(model, config)
     flops_per_token = training_flops_per_token(recipe.model, config.context)
     num_steps = config.num_steps(flops_per_token)
@@ -155,6 +151,16 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
             metrics.close()
     state["peak_bytes"] = peak_memory_bytes(device)  # of training, before the last evaluation
     return _finish(model, recipe, data, out, heldout, state, num_steps, flops_per_token, dtype)
+
+
+def new_model(recipe: Recipe, device: torch.device) -> MoR:
+    """Build a recipe's model as a training begins with it."""
+    torch.manual_seed(recipe.train.seed)
+    model = MoR(recipe.model).to(device).train()
+    model.model.recompute = recipe.train.recompute
+    if recipe.train.compile:
+        model.model.compile_layers()
+    return model
 
 
 def train_step(

@@ -1,0 +1,1 @@
+"""`mor experiment`: a set of trainings and evaluations from one TOML file, and what they show."""

@@ -1,0 +1,102 @@
+"""`mor` commands in processes of their own, and a folder that one run holds at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+LAST_LINES = 12
+STOP_S = 120.0
+"""how long a training that was asked to stop may take to write its checkpoint"""
+
+
+class MemberFailed(Exception):
+    """A member came to no result; the message says why."""
+
+
+def run_mor(args: Sequence[str]) -> str:
+    """Run a `mor` command in a process of its own and return its stdout; its stderr is shown.
+
+    Raises MemberFailed with its last line, KeyboardInterrupt when it was interrupted
+    """
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    # A file for stdout, since nobody reads it while stderr is followed.
+    with tempfile.TemporaryFile("w+") as out:
+        command = [sys.executable, "-m", "mor", *args]
+        # close_fds: the child holds the lock of `only_one` too, should this process be killed.
+        with subprocess.Popen(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, close_fds=False
+        ) as child:
+            assert child.stderr is not None
+            try:
+                for line in child.stderr:
+                    print(f"  {line.rstrip()}", file=sys.stderr, flush=True)
+                    last.append(line.strip())
+                code = child.wait()
+            except KeyboardInterrupt:
+                try:  # it heard Ctrl-C too, and writes its checkpoint
+                    child.wait(STOP_S)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                raise
+        out.seek(0)
+        printed = out.read()
+    if code == 130 or code == -2:
+        raise KeyboardInterrupt
+    if code != 0:
+        lines = [line for line in last if line]
+        said = next((line for line in reversed(lines) if line.startswith("mor: ")), None)
+        why = said.removeprefix("mor: ") if said else (lines[-1] if lines else "it said nothing")
+        raise MemberFailed(f"exit code {code}: {why}")
+    return printed
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Hold a folder for one run at a time, and its children; ValueError when another has it."""
+    file = out / ".lock"
+    try:
+        with locked(file, wait=False, inherit=True):
+            yield
+    except BlockingIOError as error:
+        pid = file.read_text().strip() or "unknown"
+        raise ValueError(
+            f"{out} is in use by another mor experiment (process {pid}); wait for it or give "
+            "another --out"
+        ) from error
+
+
+@contextmanager
+def locked(file: Path, *, wait: bool = True, inherit: bool = False) -> Iterator[None]:
+    """Hold a file that names our process, until the end or that of the process.
+
+    inherit  children that take open files hold it too
+    Raises   BlockingIOError when another process holds it and we do not wait
+    """
+    with file.open("a+") as lock:
+        os.set_inheritable(lock.fileno(), inherit)
+        _lock(lock.fileno(), wait=wait)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _lock(handle: int, *, wait: bool) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # pyrefly: ignore
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,0 +1,336 @@
+"""Running an experiment: every member is trained by `mor train` in its own process, then measured.
+
+What is done stays done: a member whose result is kept is not run again, one that was stopped goes
+on from its checkpoint. A member that fails is reported and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mor
+from mor.checkpoint import load_model
+from mor.data.loader import PreparedData
+from mor.experiment.child import MemberFailed, only_one, run_mor
+from mor.experiment.config import (
+    Entry,
+    Experiment,
+    ExperimentConfig,
+    load_experiment,
+    recipe_toml,
+)
+from mor.experiment.evaluate import evaluate
+from mor.experiment.members import Member, budget_members, planned_members, sweep_members
+from mor.experiment.pace import measure_paces
+from mor.experiment.page import write_report
+from mor.experiment.results import Result, Results
+from mor.files import read_json, write_text
+from mor.log import human_count, logger
+from mor.model.cost import count_params
+from mor.ops.device import describe_machine
+from mor.report import require_report_extra
+from mor.train.config import recipe_to_dict
+from mor.train.metrics import read_metrics
+
+CURVE_POINTS = 60
+
+
+class OutOfTime(Exception):
+    """--max-hours have passed."""
+
+
+def run_experiment(path: Path, config: ExperimentConfig) -> dict[str, Any]:
+    """Run what is not done yet; returns the summary, with `failure` when a member failed.
+
+    Raises ValueError for a recipe, data or folder that does not fit; KeyboardInterrupt after Ctrl-C
+    """
+    experiment = load_experiment(path)
+    if config.out is None:
+        raise ValueError("--out is missing; give a folder for members and report")
+    data = None
+    if experiment.models:
+        if config.data is None:
+            raise ValueError("--data is missing; give the folder that mor prepare wrote")
+        data = PreparedData.open(config.data)
+        planned_members(experiment, data)
+    require_report_extra()
+    config.out.mkdir(parents=True, exist_ok=True)
+    with only_one(config.out):
+        results = Results(config.results or config.out / "results.jsonl")
+        run = _Run(experiment, path, config, data, results)
+        try:
+            run.all()
+        except OutOfTime:
+            logger.info("%g hours have passed; the same command goes on", config.max_hours)
+        report = write_report(config.out, experiment, list(results.by_name.values()))
+    return run.summary(report)
+
+
+def list_members(path: Path, config: ExperimentConfig) -> dict[str, Any]:
+    """Say what an experiment would train, with rates as the recipe has them."""
+    experiment = load_experiment(path)
+    rows: list[dict[str, Any]] = []
+    if experiment.models:
+        if config.data is None:
+            raise ValueError("--data is missing; costs depend on its vocabulary")
+        data = PreparedData.open(config.data)
+        for member in planned_members(experiment, data):
+            if member.kind == "same_time_s":
+                rows.append({"member": member.name, "tokens": None})
+                logger.info("%-40s tokens follow from the measured pace", member.name)
+                continue
+            tokens = member.recipe.train.budget_tokens
+            rows.append(
+                {
+                    "member": member.name,
+                    "params_nonembedding": count_params(member.recipe.model).nonembedding,
+                    "tokens": tokens,
+                    "tokens_per_param": member.tokens_per_param,
+                    "train_flops": member.train_flops,
+                }
+            )
+            logger.info(
+                "%-40s %8s tokens, %5.1f per parameter, %8sFLOPs",
+                member.name,
+                human_count(tokens),
+                member.tokens_per_param,
+                human_count(member.train_flops),
+            )
+    for bench in experiment.bench:
+        logger.info("%-40s mor bench %s", bench.name, shlex.join(bench.args))
+    return {"members": rows, "bench": [bench.name for bench in experiment.bench]}
+
+
+class _Run:
+    """One pass over an experiment."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        path: Path,
+        config: ExperimentConfig,
+        data: PreparedData | None,
+        results: Results,
+    ) -> None:
+        self.experiment, self.path, self.config = experiment, path, config
+        self.data, self.results = data, results
+        self.start_s = time.monotonic()
+        self.failed: dict[str, str] = {}
+        self.num_run = self.num_kept = 0
+        self.rates: dict[tuple[str, str], float | None] = {}
+        self.paces: dict[tuple[str, str], float] = {}
+
+    def all(self) -> None:
+        if self.data is not None:
+            self._trainings(self.data)
+        for bench in self.experiment.bench:
+            if not self._is_asked(bench.name):
+                continue
+            if self._is_kept(bench.name):
+                self.num_kept += 1
+                continue
+            about = {"member": bench.name, "row": "bench", "args": list(bench.args)}
+            self._attempt(about, lambda args=bench.args: self._bench(args))
+
+    def _trainings(self, data: PreparedData) -> None:
+        """Run the members of all budgets; a rate is swept when the first that needs it comes."""
+
+        def rate(model: Entry, size: Entry) -> float | None:
+            asked = [self._begins(b.name, size, model) for b in self.experiment.budgets]
+            if (size.name, model.name) not in self.rates and any(asked):
+                self.rates[size.name, model.name] = self._sweep(data, model, size)
+            return self.rates.get((size.name, model.name))
+
+        for member in budget_members(
+            self.experiment, data, lr_of=rate, pace_of=lambda *which: self._pace(data, *which)
+        ):
+            if not self._is_asked(member.name):
+                continue
+            if self.experiment.sweep and self.rates.get((member.size, member.model)) is None:
+                about = {**member.about, "key": "", "outcome": "failed"}
+                self._fail(about, "every rate of its sweep failed")
+                continue
+            self._member(member, data)
+
+    def _sweep(self, data: PreparedData, model: Entry, size: Entry) -> float | None:
+        """Return the rate with the least held-out loss; None without a sweep or when all fail."""
+        losses = {}
+        for member in sweep_members(self.experiment, data, model, size):
+            result = self._member(member, data)
+            if result is not None:
+                losses[member.recipe.train.lr] = result["heldout_loss"]
+        if not losses:
+            return None
+        best = min(losses, key=lambda lr: losses[lr])
+        told = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
+        logger.info("%s takes the rate %g (held-out losses %s)", model.name, best, told)
+        if len(losses) > 2 and best in (min(losses), max(losses)):
+            logger.warning("%s: the best rate %g is at the edge of the sweep", model.name, best)
+        return best
+
+    def _pace(self, data: PreparedData, model: Entry, size: Entry) -> float:
+        """Return tokens a second, measured for all models of a size in turn, once."""
+        if (size.name, model.name) not in self.paces:
+            name = f"pace_{size.name}" if size.name else "pace"
+            kept = self.results.by_name.get(name)
+            if kept is None:
+                recipes = {
+                    one.name: self.experiment.recipe(one, size, budget_tokens=1)
+                    for one in self.experiment.models
+                }
+                paces = measure_paces(recipes, data)
+                kept = self.results.add(
+                    {**self._head(), "member": name, "row": "pace", "outcome": "done", **paces}
+                )
+            self.paces |= {
+                (size.name, one): kept["tokens_per_s"][one] for one in kept["tokens_per_s"]
+            }
+        return self.paces[size.name, model.name]
+
+    def _is_asked(self, name: str) -> bool:
+        return not self.config.only or any(name.startswith(one) for one in self.config.only)
+
+    def _begins(self, budget: str, size: Entry, model: Entry) -> bool:
+        """Tell whether a member of a model may be asked for."""
+        name = "_".join(part for part in (budget, size.name, model.name) if part) + "_s"
+        only = self.config.only
+        return not only or any(name.startswith(one) or one.startswith(name) for one in only)
+
+    def _is_kept(self, name: str) -> bool:
+        return self.results.by_name.get(name, {}).get("outcome") == "done"
+
+    def _member(self, member: Member, data: PreparedData) -> Result | None:
+        """Return a member's result, run if need be; None when it failed."""
+        key = member.key(data, self.experiment.eval_tokens)
+        known = self.results.done(member.name, key)
+        if known is not None:
+            self.num_kept += 1
+            if known["member"] == member.name:
+                return known
+            return self.results.add({**known, **member.about, "same_as": known["member"]})
+        about = {**member.about, "key": key}
+        return self._attempt(about, lambda: self._train(member, data))
+
+    def _attempt(self, about: dict[str, Any], work: Callable[[], dict[str, Any]]) -> Result | None:
+        hours = (time.monotonic() - self.start_s) / 3600
+        if self.config.max_hours and hours >= self.config.max_hours:
+            raise OutOfTime
+        logger.info("%s", about["member"])
+        try:
+            outcome = work()
+        except MemberFailed as error:
+            return self._fail(about, str(error))
+        self.num_run += 1
+        return self.results.add({**self._head(), **about, "outcome": "done", **_finite(outcome)})
+
+    def _fail(self, about: dict[str, Any], why: str) -> None:
+        self.failed[about["member"]] = why
+        logger.error("%s failed: %s; the others go on", about["member"], why)
+        self.results.add({**self._head(), **about, "outcome": "failed", "error": why})
+
+    def _head(self) -> dict[str, Any]:
+        """What every result says of where it comes from."""
+        return {
+            "experiment": self.experiment.name,
+            "note": self.experiment.note,
+            "mor": mor.__version__,
+            "machine": describe_machine(),
+        }
+
+    def _train(self, member: Member, data: PreparedData) -> dict[str, Any]:
+        assert self.config.out is not None
+        folder = self.config.out / "members" / member.name
+        folder.parent.mkdir(exist_ok=True)
+        recipe = folder.parent / f"{member.name}.toml"
+        if not (folder / "summary.json").is_file():
+            about = f"{member.label}, member {member.name} of {self.experiment.name}"
+            write_text(recipe, recipe_toml(member.recipe, about=about))
+            command = ["train", str(recipe), "--data", str(data.folder), "--out", str(folder)]
+            if (folder / "run.json").is_file():
+                command.append("--resume")
+            run_mor(command)
+        summary = read_json(folder / "summary.json")
+        try:
+            model = load_model(folder / "model")
+            start_s = time.monotonic()
+            measured = evaluate(
+                model,
+                data,
+                context=member.recipe.train.context,
+                eval_tokens=self.experiment.eval_tokens,
+            )
+        except ValueError as error:
+            raise MemberFailed(str(error)) from error
+        params = count_params(member.recipe.model)
+        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+        return {
+            "recipe": recipe_to_dict(member.recipe),
+            "data_sha256": data.manifest.corpus_sha256,
+            "data_tokens": data.split("train").tokens,
+            "vocab_size": data.manifest.vocab_size,
+            "params_unique": params.unique,
+            "params_nonembedding": params.nonembedding,
+            "steps": summary["steps"],
+            "tokens": summary["tokens"],
+            "tokens_per_param": member.tokens_per_param,
+            "train_flops": summary["train_flops"],
+            "train_seconds": summary["train_seconds"],
+            "peak_bytes": summary["peak_bytes"],
+            "eval_seconds": time.monotonic() - start_s,
+            "curve": curve(lines),
+            **measured,
+        }
+
+    def _bench(self, args: Sequence[str]) -> dict[str, Any]:
+        out = run_mor(["bench", *args, "--json"])
+        try:
+            return {"report": json.loads(out.strip().splitlines()[-1])}
+        except (IndexError, json.JSONDecodeError) as error:
+            raise MemberFailed(f"the benchmark printed no JSON ({error})") from error
+
+    def summary(self, report: Path) -> dict[str, Any]:
+        """Return what the command prints."""
+        logger.info(
+            "%d run, %d kept from before, %d failed; %s",
+            self.num_run,
+            self.num_kept,
+            len(self.failed),
+            report,
+        )
+        failure = None
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            failure = f"{len(self.failed)} members failed, the first is {name}: {why}"
+        return {
+            "run": self.num_run,
+            "kept": self.num_kept,
+            "failed": self.failed,
+            "results": str(self.results.path),
+            "report": str(report),
+            "failure": failure,
+        }
+
+
+def curve(lines: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Return [tokens, training loss] of at most CURVE_POINTS stretches, losses averaged."""
+    size = -(-len(lines) // CURVE_POINTS) if lines else 1
+    points = []
+    for first in range(0, len(lines), size):
+        part = lines[first : first + size]
+        points.append([part[-1]["tokens"], round(sum(x["loss"] for x in part) / len(part), 4)])
+    return points
+
+
+def _finite(value: Any) -> Any:
+    """Turn numbers that JSON cannot hold into None."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    is_number = isinstance(value, float) and abs(value) < float("inf")
+    return value if is_number or not isinstance(value, float) else None

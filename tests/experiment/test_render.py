@@ -1,0 +1,185 @@
+"""Promises of the claims: from kept results alone, a verdict needs every seed, nothing is typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mor.cli import main
+from mor.experiment.claims import Claim, claims
+from mor.experiment.render import BEGIN, END, read_kept, rendered
+from mor.experiment.results import Results
+
+ROOT = Path(__file__).parent.parent.parent
+ROWS = {"twin": "vanilla", "mor3": "mor", "rec3": "recursive", "random3": "random"}
+MACHINE = {"processor": "a processor", "cores": "2"}
+
+
+def trained(model: str, loss: float, seed: int, budget: str, kind: str) -> dict[str, Any]:
+    texts = np.random.default_rng(0).normal(loss, 1.0, 64)
+    noise = np.random.default_rng([seed, len(model)]).normal(0, 0.01, 64)
+    rows = [float(x) for x in texts + noise]
+    recursions = 1 if model == "twin" else 3
+    result: dict[str, Any] = {
+        "experiment": "claims-cpu",
+        "note": "words",
+        "machine": MACHINE,
+        "member": f"{budget}_{model}_s{seed}",
+        "outcome": "done",
+        "key": f"{budget}{model}{seed}",
+        "budget": budget,
+        "budget_kind": kind,
+        "model": model,
+        "size": "",
+        "label": model,
+        "row": ROWS[model],
+        "seed": seed,
+        "lr": 1e-3,
+        "vocab_size": 280,
+        "params_nonembedding": 200 if model == "twin" else 100,
+        "tokens": 4000,
+        "tokens_per_param": 20.0,
+        "train_flops": 1e9 if kind == "same_flops" or model == "twin" else 0.75e9,
+        "train_seconds": 10.0,
+        "peak_bytes": 1e6,
+        "val_loss": float(np.mean(rows)),
+        "row_loss": rows,
+        "mean_depth": 1.0 if model == "twin" else 2.0,
+        "active_share": [1.0] if model == "twin" else [1.0, 2 / 3, 1 / 3],
+        "kv_bytes_per_token": 100.0,
+        "recipe": {
+            "model": {
+                "num_recursions": recursions,
+                "capacity": [1.0] if model == "twin" else [1.0, 2 / 3, 1 / 3],
+            }
+        },
+    }
+    if model == "mor3":
+        result |= {"loss_up_to_depth": [4.0, 3.5, 3.4], "top_k_loss": result["val_loss"] - 0.01}
+    return result
+
+
+def bench(member: str, args: list[str], report: dict[str, Any]) -> dict[str, Any]:
+    about = {"experiment": "throughput-cpu", "machine": MACHINE, "outcome": "done", "row": "bench"}
+    return {**about, "member": member, "args": args, "report": report}
+
+
+def decode_report(speedup: float) -> dict[str, Any]:
+    rows = [
+        {"side": side, "regime": regime, "efficiency": 0.9}
+        for side in ("mor", "twin")
+        for regime in ("fixed_batch", "max_batch")
+    ]
+    cell: dict[str, Any] = {"recursions": 3, "in_flight": 32, "speedup_bound": 1.4, "rows": rows}
+    for regime in ("fixed_batch", "max_batch"):
+        cell |= {f"speedup_{regime}{end}": speedup for end in ("", "_q1", "_q3")}
+    return {"cells": [cell], "efficiency": 0.9}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    results = Results(folder / "claims-cpu.jsonl")
+    for seed in (0, 1):
+        for model, loss in {"twin": 3.0, "mor3": 2.9, "rec3": 3.1, "random3": 2.9}.items():
+            results.add(trained(model, loss, seed, "same-flops", "same_flops"))
+    for model, loss in {"twin": 3.0, "mor3": 3.05}.items():
+        results.add(trained(model, loss, 0, "same-tokens", "same_tokens"))
+    speed = Results(folder / "throughput-cpu.jsonl")
+    speed.add(bench("decode-135m", ["decode", "--quick"], decode_report(1.3)))
+    train = [
+        {"name": name, "time_ratio": 0.7, "peak_memory_ratio": 0.74, "flops_ratio": 0.75}
+        for name in ("vanilla", "mor3")
+    ]
+    speed.add(bench("train-small", ["train"], {"rows": train}))
+    cells = [{"recursions": 3, "prompt_len": 128, "speedup": 1.4}]
+    speed.add(bench("prefill", ["prefill"], {"cells": cells}))
+    return folder
+
+
+def find(rows: list[Claim], *words: str) -> Claim:
+    found = [row for row in rows if all(word in row.claim for word in words)]
+    assert len(found) == 1, [row.claim for row in found]
+    return found[0]
+
+
+def test_claims_are_told_from_results(kept: Path):
+    rows = claims(read_kept(kept))
+    vanilla = find(rows, "Same FLOPs (cpu", "than its twin")
+    assert vanilla.holds == "yes" and "50 % of the parameters" in vanilla.claim
+    assert "2.9" in vanilla.ours and "20 and 20 tokens per parameter" in vanilla.ours
+    assert "--only same-flops_mor3 same-flops_twin" in vanilla.command
+    assert find(rows, "cpu", "random").holds == "tie"
+    assert find(rows, "cpu", "fixed depth").holds == "yes"
+    tokens = find(rows, "Same tokens (cpu, mor3)")
+    assert tokens.holds == "no" and "FLOPs -25 %" in tokens.ours
+    assert find(rows, "Test-time depth (cpu").holds == "yes"
+    assert "-0.0100" in find(rows, "Leak (cpu").ours
+    assert find(rows, "Keys and values (cpu").ours.startswith("0.667")
+    flight = find(rows, "Throughput at 32 in flight (cpu")
+    assert "1.30" in flight.ours and flight.holds == "quicker, not by as much"
+    assert flight.command == "mor bench decode --quick --json"
+    assert find(rows, "training takes less time").holds == "yes"
+    assert find(rows, "Prompts (cpu").holds == "yes"
+    goal = find(rows, "Our goal (cpu)")
+    assert goal.holds == "in part" and "served at 0.90" in goal.ours
+    assert find(rows, "Scaling (cpu)").holds == "not run: no result is kept"
+    assert find(rows, "Throughput (gpu)").holds == "not run: no GPU was at hand"
+
+
+def test_a_seed_on_the_other_side_makes_a_tie(kept: Path):
+    results = Results(kept / "claims-cpu.jsonl")
+    results.add(trained("mor3", 3.02, 1, "same-flops", "same_flops"))
+    assert find(claims(read_kept(kept)), "Same FLOPs (cpu", "than its twin").holds == "tie"
+
+
+def test_starved_models_are_called_so(kept: Path):
+    results = Results(kept / "claims-cpu.jsonl")
+    for seed in (0, 1):
+        row = trained("twin", 3.0, seed, "same-flops", "same_flops")
+        results.add({**row, "tokens_per_param": 2.0})
+    found = find(claims(read_kept(kept)), "Same FLOPs (cpu", "than its twin")
+    assert "20 and 2 tokens per parameter (starved)" in found.ours
+
+
+def test_files_are_written_and_text_outside_of_marks_stays(kept: Path, tmp_path: Path, capsys):
+    page, readme = tmp_path / "results.md", tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nbygone\n{END}\nafter\n")
+    command = ["experiment", "--render", str(page), str(readme), "--kept", str(kept)]
+    assert main(command) == 0
+    first = page.read_text(), readme.read_text()
+    assert first[0].startswith("# Results") and "| claim | paper | ours | holds |" in first[0]
+    assert "### same-flops" in first[0] and "How to repeat a row" in first[0]
+    assert first[1].startswith(f"before\n{BEGIN}\n\n| claim") and first[1].endswith("\nafter\n")
+    assert "bygone" not in first[1]
+    assert main(command) == 0 and (page.read_text(), readme.read_text()) == first
+    lines = [line for line in first[0].splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("mine\n", "was not written by --render and has no marks"), (f"{BEGIN}\n", "has the mark")],
+)
+def test_a_file_of_somebody_else_is_not_overwritten(
+    kept: Path, tmp_path: Path, text: str, said: str
+):
+    path = tmp_path / "mine.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        rendered(path, read_kept(kept))
+    assert path.read_text() == text
+
+
+def test_a_folder_without_results_is_said(tmp_path: Path, capsys):
+    assert main(["experiment", "--render", "x.md", "--kept", str(tmp_path)]) == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+def test_the_committed_pages_are_what_the_committed_results_say():
+    results = read_kept(ROOT / "results")
+    for name in ("docs/results.md", "README.md"):
+        assert (ROOT / name).read_text() == rendered(ROOT / name, results), name

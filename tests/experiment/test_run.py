@@ -1,0 +1,260 @@
+"""Promises of a run: nothing is trained twice, one failure stops nobody, the report says it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_experiment import EXPERIMENT
+
+from mor.cli import main
+from mor.data.loader import PreparedData
+from mor.experiment import run as runs
+from mor.experiment.child import MemberFailed, locked, only_one, run_mor
+from mor.experiment.config import ExperimentConfig
+from mor.experiment.results import read_results
+from mor.experiment.run import curve, list_members, run_experiment
+from mor.train.config import load_recipe
+from mor.train.trainer import train
+
+Started = list[list[str]]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    """Run members in this process; returns the commands that were started."""
+    commands: Started = []
+
+    def run_here(args: Sequence[str]) -> str:
+        commands.append(list(args))
+        if args[0] == "bench":
+            return 'a line\n{"speedup": 2.0}\n'
+        recipe = load_recipe(Path(args[1]))
+        train(
+            recipe,
+            data=PreparedData.open(Path(args[args.index("--data") + 1])),
+            out=Path(args[args.index("--out") + 1]),
+            resume="--resume" in args,
+        )
+        return ""
+
+    monkeypatch.setattr(runs, "run_mor", run_here)
+    return commands
+
+
+@pytest.fixture
+def go(experiment: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def run(**more: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {"data": tiny_data, "out": tmp_path / "out", **more}
+        return run_experiment(experiment, ExperimentConfig(**settings))
+
+    return run
+
+
+def test_an_experiment_runs_whole_once(
+    started: Started, go: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    first = go()
+    assert first["failed"] == {} and first["failure"] is None
+    results = read_results(tmp_path / "out" / "results.jsonl")
+    names = [one["member"] for one in results]
+    # 4 sweeps of 2, 4 models x 2 seeds, 4 and 2 and 2 of the other budgets, the pace, the benchmark
+    assert len(names) == len(set(names)) == 8 + 8 + 4 + 2 + 2 + 1 + 1
+    by_name = {one["member"]: one for one in results}
+    assert by_name["decode"]["report"] == {"speedup": 2.0}
+    mor = by_name["same-flops_mor3_s0"]
+    assert len(mor["row_loss"]) == 16 and mor["val_tokens"] == 512
+    assert sum(mor["row_loss"]) / 16 == pytest.approx(mor["val_loss"], abs=1e-4)
+    assert len(mor["loss_up_to_depth"]) == 3
+    assert mor["loss_up_to_depth"][2] == pytest.approx(mor["val_loss"])
+    assert "top_k_loss" in mor and "top_k_loss" not in by_name["same-flops_twin_s0"]
+    assert mor["recipe"]["model"]["router_seed"] == 0
+    assert by_name["same-flops_random3_s1"]["recipe"]["model"]["router_seed"] == 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    for said in ("same-flops", "Test-time depth", "Which tokens go deep", "Rates", "MoR-3"):
+        assert said in page
+    count = len(started)
+    again = go()
+    assert len(started) == count and again["run"] == 0 and again["kept"] == len(names) - 1
+
+
+def test_equal_members_of_two_budgets_are_trained_once(
+    started: Started, tiny_data: Path, tmp_path: Path
+):
+    path = tmp_path / "exp.toml"
+    text = EXPERIMENT.replace("same_flops = 2e9", "same_tokens = 768")
+    path.write_text(text.partition("[[bench]]")[0])
+    config = ExperimentConfig(
+        data=tiny_data, out=tmp_path / "out", only=("same-flops_twin_s0", "same-tokens_twin_s0")
+    )
+    run_experiment(path, config)
+    assert len(started) == 3  # two rates, one training
+    results = {one["member"]: one for one in read_results(tmp_path / "out" / "results.jsonl")}
+    assert results["same-tokens_twin_s0"]["same_as"] == "same-flops_twin_s0"
+    assert results["same-tokens_twin_s0"]["val_loss"] == results["same-flops_twin_s0"]["val_loss"]
+
+
+def test_a_failing_member_is_reported_and_the_others_go_on(
+    started: Started,
+    go: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    run_here = runs.run_mor
+
+    def fail_once(args: Sequence[str]) -> str:
+        if "same-flops_rec3_s0" in args[1]:
+            raise MemberFailed("exit code 1: the disk is full")
+        return run_here(args)
+
+    monkeypatch.setattr(runs, "run_mor", fail_once)
+    result = go(only=("same-flops",))
+    assert result["failed"] == {"same-flops_rec3_s0": "exit code 1: the disk is full"}
+    assert result["failure"] == (
+        "1 members failed, the first is same-flops_rec3_s0: exit code 1: the disk is full"
+    )
+    assert result["run"] == 8 + 7
+    assert "the disk is full" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setattr(runs, "run_mor", run_here)
+    again = go(only=("same-flops",))
+    assert again["failed"] == {} and again["run"] == 1
+
+
+def test_a_member_goes_on_from_its_checkpoint(
+    started: Started, go: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    run_here = runs.run_mor
+
+    def interrupted(args: Sequence[str]) -> str:
+        if args[0] == "train" and "same-flops_twin_s0" in args[1]:
+            out = Path(args[args.index("--out") + 1])
+            out.mkdir(parents=True)
+            (out / "run.json").write_text("{}")
+            raise KeyboardInterrupt
+        return run_here(args)
+
+    monkeypatch.setattr(runs, "run_mor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(only=("same-flops_twin_s0",))
+    seen: Started = []
+
+    def look(args: Sequence[str]) -> str:
+        seen.append(list(args))
+        raise MemberFailed("enough")
+
+    monkeypatch.setattr(runs, "run_mor", look)
+    go(only=("same-flops_twin_s0",))
+    assert seen[-1][-1] == "--resume"
+
+
+def test_hours_end_a_run_between_members(
+    started: Started, go: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    result = go(max_hours=1e-9)
+    assert result["run"] == 0 and not started
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_results_of_other_settings_are_not_mixed(
+    started: Started, go: Callable[..., dict[str, Any]], experiment: Path
+):
+    go(only=("same-flops_twin_s0",))
+    experiment.write_text(EXPERIMENT.replace("hidden_size = 32", "hidden_size = 64"))
+    with pytest.raises(ValueError, match="from other settings or data; give another --out"):
+        go(only=("same-flops_twin_s0",))
+
+
+def test_two_runs_in_one_folder_are_refused(
+    started: Started, go: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    code = (
+        "import sys, pathlib\nfrom mor.experiment.child import only_one\n"
+        f"with only_one(pathlib.Path({str(out)!r})):\n    print('held', flush=True)\n    input()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(
+        ValueError, match=rf"in use by another mor experiment \(process {other.pid}"
+    ):
+        go()
+    other.communicate("\n")
+    with only_one(out):
+        assert (out / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_training_that_outlives_its_experiment_holds_the_folder(tmp_path: Path):
+    code = (
+        "import os, pathlib, subprocess, sys\nfrom mor.experiment.child import only_one\n"
+        f"with only_one(pathlib.Path({str(tmp_path)!r})):\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'input()'], close_fds=False)\n"
+        "    print(child.pid, flush=True)\n    os._exit(9)\n"
+    )
+    gone = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert gone.stdin is not None and gone.stdout is not None
+    child = int(gone.stdout.readline())
+    assert gone.wait() == 9
+    with pytest.raises(ValueError, match="in use by another"), only_one(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    gone.stdin.close()
+    gone.stdout.read()
+    gone.stdout.close()
+    with only_one(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_block(tmp_path: Path):
+    for _ in range(2):
+        with locked(tmp_path / "lock", wait=False):
+            pass
+
+
+def test_a_child_says_what_it_printed_or_why_it_failed(tiny_recipe: Path):
+    printed = run_mor(["plan", str(tiny_recipe), "--json"])
+    assert json.loads(printed.strip().splitlines()[-1])["steps"] == 12
+    with pytest.raises(MemberFailed, match=r"exit code 2: .*none\.toml"):
+        run_mor(["plan", "none.toml"])
+
+
+def test_what_is_missing_is_said(
+    started: Started, experiment: Path, tiny_data: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match="--out is missing"):
+        run_experiment(experiment, ExperimentConfig(data=tiny_data))
+    with pytest.raises(ValueError, match="--data is missing"):
+        run_experiment(experiment, ExperimentConfig(out=tmp_path / "out"))
+    with pytest.raises(ValueError, match="max_hours is -1"):
+        ExperimentConfig(max_hours=-1)
+
+
+def test_the_list_says_what_each_member_costs(experiment: Path, tiny_data: Path):
+    listed = list_members(experiment, ExperimentConfig(data=tiny_data))
+    members = {one["member"]: one for one in listed["members"]}
+    assert len(members) == 8 + 8 + 4 + 2 + 2 and listed["bench"] == ["decode"]
+    assert members["same-tokens_twin_s0"]["tokens"] == 768
+    assert members["same-time_twin_s0"]["tokens"] is None
+
+
+def test_the_command_needs_a_recipe(capsys: pytest.CaptureFixture[str]):
+    assert main(["experiment"]) == 2
+    assert "write mor experiment RECIPE" in capsys.readouterr().err
+
+
+def test_a_curve_has_few_points_and_the_last_token():
+    lines = [{"tokens": 10 * (i + 1), "loss": float(i)} for i in range(150)]
+    points = curve(lines)
+    assert len(points) <= runs.CURVE_POINTS and points[-1][0] == 1500
+    assert curve([]) == []
