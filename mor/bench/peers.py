@@ -5,9 +5,13 @@ The only module of the benchmarks that knows transformers; loaded when a peer is
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from mor.bench.contender import Contender, Job
 from mor.config import ModelConfig
@@ -52,7 +56,7 @@ class LlamaContender(Contender):
             return self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
 
 
-def new_llama(config: ModelConfig) -> nn.Module:
+def new_llama(config: ModelConfig) -> Any:
     """Build transformers' model of a vanilla model's shape."""
     llama = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -69,6 +73,14 @@ def new_llama(config: ModelConfig) -> nn.Module:
     )
     llama._attn_implementation = "sdpa"
     return LlamaForCausalLM(llama)
+
+
+def save_llama(model: MoR, folder: Path) -> None:
+    """Write a vanilla model as transformers' own, weights in bf16."""
+    logging.disable_progress_bar()
+    llama = new_llama(model.config).to(torch.bfloat16)
+    llama.load_state_dict(model.state_dict(), strict=False)
+    llama.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -31,11 +31,8 @@ LAYER_NAMES = {
 """transformers' names to GGUF's"""
 
 
-def write_gguf(model: MoR, path: Path, *, half: bool = False, vocabulary: bool = False) -> None:
-    """Write a vanilla model's weights, matrices in bf16 (or fp16: `half`) and norms in fp32.
-
-    vocabulary  write one of made-up words too, for a reader that cannot do without
-    """
+def write_gguf(model: MoR, path: Path) -> None:
+    """Write a vanilla model's weights, matrices in bf16 and norms in fp32."""
     import gguf
 
     config = model.config
@@ -53,12 +50,8 @@ def write_gguf(model: MoR, path: Path, *, half: bool = False, vocabulary: bool =
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    if vocabulary:
-        _add_words(writer, config.vocab_size)
-    else:
-        writer.add_tokenizer_model("none")
-    files = gguf.LlamaFileType
-    writer.add_file_type(files.MOSTLY_F16 if half else files.MOSTLY_BF16)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         weight = tensor.detach().cpu()
@@ -67,8 +60,6 @@ def write_gguf(model: MoR, path: Path, *, half: bool = False, vocabulary: bool =
             weight = _pairs_together(weight, heads[part])
         if weight.dim() == 1:
             writer.add_tensor(_gguf_name(name), weight.float().numpy())
-        elif half:
-            writer.add_tensor(_gguf_name(name), weight.half().numpy())
         else:
             bits = weight.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint8)
             kind = gguf.GGMLQuantizationType.BF16
@@ -77,16 +68,6 @@ def write_gguf(model: MoR, path: Path, *, half: bool = False, vocabulary: bool =
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _add_words(writer: Any, count: int) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list([f"t{token}" for token in range(count)])
-    writer.add_token_types([1] * count)
-    writer.add_token_merges(["t 0"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
 
 
 def _gguf_name(name: str) -> str:

@@ -145,7 +145,9 @@ class BenchDecodeConfig(ServeSettings):
     peers: bool = False
     """time other engines that are installed on the twin's weights too"""
     vllm_python: Path | None = None
-    """Python of the environment with vLLM's CPU build, for peers; its pins are not ours"""
+    """Python of an environment with vLLM's CPU build, for peers; its pins are not ours"""
+    openvino_python: Path | None = None
+    """Python of an environment with openvino-genai and optimum-intel, for peers"""
 
     def __post_init__(self) -> None:
         # super() without arguments does not work in a slotted dataclass
@@ -156,8 +158,10 @@ class BenchDecodeConfig(ServeSettings):
             raise ValueError(f"kv_cache_bytes is {self.kv_cache_bytes}; give 0 or more")
         if 2 * MAX_SLOTS * max(self.in_flight) >= 2**19:
             raise ValueError(f"in_flight is {max(self.in_flight)}; give fewer than 87381")
-        if self.vllm_python is not None and not self.vllm_python.is_file():
-            raise ValueError(f"vllm_python is {self.vllm_python}, which is no file; give a Python")
+        for name in ("vllm_python", "openvino_python"):
+            python = getattr(self, name)
+            if python is not None and not python.is_file():
+                raise ValueError(f"{name} is {python}, which is no file; give a Python")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

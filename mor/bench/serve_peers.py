@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from mor.bench.serve import new_engine
@@ -99,18 +101,27 @@ def _llama_q4(config: BenchDecodeConfig, twin: MoR) -> Peer:
 
 
 def _openvino(config: BenchDecodeConfig, twin: MoR) -> Peer:
-    from mor.bench.peers_openvino import OpenVino
+    from mor.bench import openvino_worker
 
-    most = max(config.in_flight)
-    return OpenVino(twin, max_rows=max(512, 2 * most), max_requests=most)
+    return _child("OpenVINO GenAI", openvino_worker, config.openvino_python, config, twin)
 
 
 def _vllm(config: BenchDecodeConfig, twin: MoR) -> Peer:
-    from mor.bench.peers_vllm import Vllm
+    from mor.bench import vllm_worker
 
-    return Vllm(
+    return _child("vLLM CPU", vllm_worker, config.vllm_python, config, twin)
+
+
+def _child(
+    name: str, worker: ModuleType, python: Path | None, config: BenchDecodeConfig, twin: MoR
+) -> Peer:
+    from mor.bench.peers_child import ChildPeer
+
+    return ChildPeer(
+        name,
+        Path(str(worker.__file__)),
         twin,
-        python=str(config.vllm_python or sys.executable),
+        python=str(python or sys.executable),
         max_model_len=PROMPT_LEN + NEW_TOKENS,
         max_requests=max(config.in_flight),
     )
@@ -121,10 +132,12 @@ PEERS: dict[str, tuple[tuple[str, ...], Callable[[BenchDecodeConfig, MoR], Peer]
     "transformers continuous batching": (("transformers",), _continuous),
     "llama.cpp": (("llama_cpp", "gguf"), _llama),
     "llama.cpp Q4_0": (("llama_cpp", "gguf"), _llama_q4),
-    "OpenVINO GenAI": (("openvino_genai", "gguf"), _openvino),
+    "OpenVINO GenAI": (("openvino_genai", "optimum", "transformers"), _openvino),
     "vLLM CPU": (("vllm", "transformers"), _vllm),
 }
 """Packages that each needs, and what builds it."""
+ELSEWHERE = {"OpenVINO GenAI": "openvino_python", "vLLM CPU": "vllm_python"}
+"""Setting that names the Python of an engine's own environment, which then has its packages."""
 
 
 def bench_peers(config: BenchDecodeConfig, twin: MoR, mor: MoR) -> list[dict[str, Any]]:
@@ -137,9 +150,10 @@ def bench_peers(config: BenchDecodeConfig, twin: MoR, mor: MoR) -> list[dict[str
     with ExitStack() as stack:
         peers = []
         for name, (packages, build) in PEERS.items():
+            elsewhere = ELSEWHERE.get(name)
+            if elsewhere is not None and getattr(config, elsewhere) is not None:
+                packages = ("transformers",)
             missing = missing_of(packages)
-            if config.vllm_python is not None and "vllm" in missing:
-                missing.remove("vllm")
             if missing:
                 logger.info("%s: skipped, not installed: %s", name, ", ".join(missing))
                 continue

@@ -120,31 +120,82 @@ class LLM:
             os._exit(3)
         return [Output([p["prompt_token_ids"][0]] * params.max_tokens) for p in prompts]
 """
+FAKE_OPENVINO = {
+    "openvino": "Tensor = lambda ids: ids\n",
+    "openvino_genai": """
+import os
+__version__ = "0.0-fake"
+
+class SchedulerConfig: pass
+class GenerationConfig: pass
+
+class Output:
+    def __init__(self, ids):
+        self.m_generation_ids = [ids]
+
+class ContinuousBatchingPipeline:
+    def __init__(self, folder, scheduler, device, settings):
+        assert os.path.exists(os.path.join(folder, "exported")) and device == "CPU"
+        assert scheduler.enable_prefix_caching is False and scheduler.max_num_seqs == 2
+        if os.environ.get("FAKE_FAILS"):
+            raise ValueError("no room")
+
+    def generate(self, prompts, configs):
+        if os.environ.get("FAKE_DIES"):
+            os._exit(3)
+        assert all(config.ignore_eos and not config.do_sample for config in configs)
+        return [Output([int(p[0, 0])] * c.max_new_tokens) for p, c in zip(prompts, configs)]
+""",
+    "optimum/intel": """
+import os
+
+class OVModelForCausalLM:
+    @classmethod
+    def from_pretrained(cls, folder, export, compile, load_in_8bit):
+        print("noise on stdout")
+        assert os.path.exists(os.path.join(folder, "model.safetensors")) and not load_in_8bit
+        return cls()
+
+    def save_pretrained(self, folder):
+        os.makedirs(os.path.join(folder, "exported"))
+""",
+}
+CHILDREN = ("vLLM CPU", "OpenVINO GenAI")
 
 
 @pytest.fixture
-def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchDecodeConfig:
-    """A `vllm` that answers with a prompt's first token."""
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchDecodeConfig:
+    """Engines that answer with a prompt's first token, in an environment of their own."""
     pytest.importorskip("transformers")
-    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    for name, code in {"vllm": FAKE_VLLM, **FAKE_OPENVINO}.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return dataclasses.replace(config(), vllm_python=Path(sys.executable))
+    python = Path(sys.executable)
+    return dataclasses.replace(config(), vllm_python=python, openvino_python=python)
 
 
-def test_vllm_runs_in_a_child_process(fake_vllm: BenchDecodeConfig):
-    peer = PEERS["vLLM CPU"][1](fake_vllm, models()[0])
+@pytest.mark.parametrize("name", CHILDREN)
+def test_an_engine_runs_in_a_child_process(name: str, fakes: BenchDecodeConfig):
+    peer = PEERS[name][1](fakes, models()[0])
     assert peer.run([[7, 1], [9, 2]], 3) == [[7, 7, 7], [9, 9, 9]]
     peer.close()
 
 
+@pytest.mark.parametrize("name", CHILDREN)
 @pytest.mark.parametrize(
     ("fault", "said"), [("FAKE_FAILS", "ValueError: no room"), ("FAKE_DIES", "it ended; ")]
 )
-def test_a_vllm_that_fails_says_why(
-    fault: str, said: str, fake_vllm: BenchDecodeConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_child_that_fails_says_why(
+    name: str,
+    fault: str,
+    said: str,
+    fakes: BenchDecodeConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     def start_and_run() -> None:
-        peer = PEERS["vLLM CPU"][1](fake_vllm, models()[0])
+        peer = PEERS[name][1](fakes, models()[0])
         try:
             peer.run([[7, 1], [9, 2]], 3)
         finally:
@@ -155,6 +206,8 @@ def test_a_vllm_that_fails_says_why(
         start_and_run()
 
 
-def test_a_python_that_is_not_there_is_said():
-    with pytest.raises(ValueError, match="vllm_python is /none/python, which is no file"):
-        BenchDecodeConfig(vllm_python=Path("/none/python"))
+@pytest.mark.parametrize("name", ["vllm_python", "openvino_python"])
+def test_a_python_that_is_not_there_is_said(name: str):
+    paths: dict[str, Any] = {name: Path("/none/python")}
+    with pytest.raises(ValueError, match=f"{name} is /none/python, which is no file"):
+        BenchDecodeConfig(**paths)

@@ -1,4 +1,6 @@
-"""vLLM's CPU build on the twin's weights, in a child process: its pins are not ours.
+"""An engine on the twin's weights in a child process, since its pins are not ours.
+
+The child runs a worker, which says what goes in and out: `vllm_worker`, `openvino_worker`.
 
 Loaded when peers are asked for.
 """
@@ -15,32 +17,38 @@ from typing import Any
 
 import torch
 
-from mor.bench import vllm_worker
-from mor.bench.peers import new_llama
+from mor.bench.peers import save_llama
 from mor.model.mor import MoR
 
 STOP_S = 30.0
 LAST_CHARS = 2000
 
 
-class Vllm:
-    """vLLM with its defaults, prefix caching apart: the prompts come again in every round."""
+class ChildPeer:
+    """An engine behind a worker that reads the twin as a transformers folder."""
 
-    name = "vLLM CPU"
     is_exact = True
 
-    def __init__(self, twin: MoR, *, python: str, max_model_len: int, max_requests: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        worker: Path,
+        twin: MoR,
+        *,
+        python: str,
+        max_model_len: int,
+        max_requests: int,
+    ) -> None:
         """Start it; RuntimeError with its last words when it does not come up.
 
-        python  of the environment that vLLM is installed in
+        python  of the environment that the engine is installed in
         """
+        self.name = name
         self.folder = tempfile.TemporaryDirectory()
-        llama: Any = new_llama(twin.config).to(torch.bfloat16)
-        llama.load_state_dict(twin.state_dict(), strict=False)
-        llama.save_pretrained(self.folder.name)
+        save_llama(twin, Path(self.folder.name))
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.child = subprocess.Popen(
-            [python, str(Path(vllm_worker.__file__))],
+            [python, str(worker)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
