@@ -1,13 +1,8 @@
-"""Members of an experiment: one training each, with a name, a budget in tokens and a key.
-
-The key is a hash of all that decides a result: model, training, data, text that is evaluated.
-"""
+"""Members of an experiment: one training each, with a name and a budget in tokens."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,15 +49,14 @@ class Member:
             "lr": self.recipe.train.lr,
         }
 
-    def key(self, data: PreparedData, eval_tokens: int) -> str:
-        """Return the SHA-256, in hex, of what decides the result."""
-        parts = {
-            **recipe_to_dict(self.recipe),
-            "data": data.manifest.corpus_sha256,
-            "tokenizer": data.manifest.tokenizer_sha256,
+    def settings(self, data: PreparedData, eval_tokens: int) -> dict[str, Any]:
+        """Return what decides the result, as the result keeps it."""
+        return {
+            "recipe": recipe_to_dict(self.recipe),
+            "data_sha256": data.manifest.corpus_sha256,
+            "tokenizer_sha256": data.manifest.tokenizer_sha256,
             "eval_tokens": eval_tokens,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def train_flops(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mor.experiment.child import locked
 from mor.files import write_text
+from mor.train.config import with_defaults
 
 FORMAT_VERSION = 1
 
@@ -27,6 +28,20 @@ def sealed(result: Result) -> Result:
 def _hash(body: Result) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def key_of(settings: Result) -> str | None:
+    """Return the SHA-256, in hex, of what decides a result; None for one that is no training.
+
+    Model, training, data, text that is evaluated. Fields that came later have their defaults.
+    """
+    if "recipe" not in settings:
+        return None
+    parts = {
+        name: settings.get(name) for name in ("data_sha256", "tokenizer_sha256", "eval_tokens")
+    }
+    recipe = with_defaults(settings["recipe"])
+    return hashlib.sha256(json.dumps([recipe, parts], sort_keys=True).encode()).hexdigest()
 
 
 def read_results(path: Path) -> list[Result]:
@@ -67,21 +82,21 @@ class Results:
         self.path = path
         self.by_name: dict[str, Result] = {one["member"]: one for one in read_results(path)}
 
-    def done(self, name: str, key: str) -> Result | None:
-        """Return a member's result, or one of the same key; None when it is to be run.
+    def done(self, name: str, settings: Result) -> Result | None:
+        """Return a member's result, or one of the same settings; None when it is to be run.
 
         Raises ValueError when the member was run from other settings
         """
-        known = self.by_name.get(name)
+        key, known = key_of(settings), self.by_name.get(name)
         if known is not None and known["outcome"] == "done":
-            if known["key"] != key:
+            if key_of(known) != key:
                 raise ValueError(
                     f"{self.path} holds {name} from other settings or data; give another --out or "
                     "--results, or take its line out"
                 )
             return known
-        same = [one for one in self.by_name.values() if one.get("key") == key]
-        return next((one for one in same if one["outcome"] == "done"), None)
+        done = (one for one in self.by_name.values() if one["outcome"] == "done")
+        return next((one for one in done if key_of(one) == key), None)
 
     def add(self, result: Result) -> Result:
         """Keep a result, in place of an earlier one of its name; returns it with its hash.

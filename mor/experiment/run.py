@@ -34,7 +34,6 @@ from mor.log import human_count, logger
 from mor.model.cost import count_params
 from mor.ops.device import describe_machine
 from mor.report import require_report_extra
-from mor.train.config import recipe_to_dict
 from mor.train.metrics import read_metrics
 
 CURVE_POINTS = 60
@@ -152,8 +151,7 @@ class _Run:
             if not self._is_asked(member.name):
                 continue
             if self.experiment.sweep and self.rates.get((member.size, member.model)) is None:
-                about = {**member.about, "key": "", "outcome": "failed"}
-                self._fail(about, "every rate of its sweep failed")
+                self._fail(member.about, "every rate of its sweep failed")
                 continue
             self._member(member, data)
 
@@ -206,14 +204,14 @@ class _Run:
 
     def _member(self, member: Member, data: PreparedData) -> Result | None:
         """Return a member's result, run if need be; None when it failed."""
-        key = member.key(data, self.experiment.eval_tokens)
-        known = self.results.done(member.name, key)
+        settings = member.settings(data, self.experiment.eval_tokens)
+        known = self.results.done(member.name, settings)
         if known is not None:
             self.num_kept += 1
             if known["member"] == member.name:
                 return known
             return self.results.add({**known, **member.about, "same_as": known["member"]})
-        about = {**member.about, "key": key}
+        about = {**member.about, **settings}
         return self._attempt(about, lambda: self._train(member, data))
 
     def _attempt(self, about: dict[str, Any], work: Callable[[], dict[str, Any]]) -> Result | None:
@@ -269,8 +267,6 @@ class _Run:
         params = count_params(member.recipe.model)
         lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
         return {
-            "recipe": recipe_to_dict(member.recipe),
-            "data_sha256": data.manifest.corpus_sha256,
             "data_tokens": data.split("train").tokens,
             "vocab_size": data.manifest.vocab_size,
             "params_unique": params.unique,

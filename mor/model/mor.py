@@ -17,7 +17,7 @@ from mor.model.layers import Projection
 from mor.model.reference import reference_stack
 from mor.model.router import Rule
 from mor.model.rows import Rows
-from mor.model.stack import RecursionStats, Stack
+from mor.model.stack import End, RecursionStats, Stack
 from mor.ops.loss import IGNORE, linear_cross_entropy
 
 Implementation = Literal["fast", "reference"]
@@ -37,6 +37,17 @@ class MoROutput(NamedTuple):
     depth: Tensor
     """(B, T) int64, recursions that each token took; 0 at padding"""
     recursions: list[RecursionStats]
+    states: States | None = None
+    """where `keep_states` asked for them"""
+
+
+class States(NamedTuple):
+    """What a teacher compares."""
+
+    x_ND: Tensor
+    """after the last norm: the head's input"""
+    ends: list[End]
+    """at the end of each recursion"""
 
 
 class MoR(nn.Module):
@@ -80,6 +91,7 @@ class MoR(nn.Module):
         cache: KVCache | None = None,
         implementation: Implementation = "fast",
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> MoROutput:
         """Run a batch; with labels it returns loss sums and never holds the whole logits.
 
@@ -89,6 +101,7 @@ class MoR(nn.Module):
         segments   (B, T) document of each token; attention stays inside a document
         rule       train or causal; default train in training mode, causal in evaluation mode
         cache      keys and values of earlier tokens (causal rule only)
+        keep_states  return `states`, and neither logits nor a loss; fast implementation only
         Raises     ValueError for a cache under the train rule
         """
         rule = rule or ("train" if self.training else "causal")
@@ -100,7 +113,7 @@ class MoR(nn.Module):
         if implementation == "reference":
             out = reference_stack(self.model, x_ND, rows, rule=rule)
         else:
-            out = self.model(x_ND, rows, rule=rule, cache=cache)
+            out = self.model(x_ND, rows, rule=rule, cache=cache, keep_ends=keep_states)
 
         def lay_out(value_N: Tensor) -> Tensor:
             flat = value_N
@@ -109,8 +122,10 @@ class MoR(nn.Module):
                 flat = value_N.new_zeros(size).index_copy(0, index_N, value_N)
             return flat.unflatten(0, input_ids.shape)
 
-        logits = loss_sum = None
-        if labels is not None:
+        logits = loss_sum = states = None
+        if keep_states:
+            states = States(out.x_ND, out.ends)
+        elif labels is not None:
             label_N = labels.flatten() if index_N is None else labels.flatten()[index_N]
             loss_sum = linear_cross_entropy(out.x_ND, self.head_weight_VD, label_N)
         elif last_only:
@@ -119,7 +134,13 @@ class MoR(nn.Module):
         else:
             logits = lay_out(F.linear(out.x_ND, self.head_weight_VD))
         return MoROutput(
-            logits, loss_sum, out.router_loss, len(rows), lay_out(out.depth_N), out.recursions
+            logits,
+            loss_sum,
+            out.router_loss,
+            len(rows),
+            lay_out(out.depth_N),
+            out.recursions,
+            states,
         )
 
     def new_cache(self, batch_size: int) -> KVCache:

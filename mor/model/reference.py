@@ -126,7 +126,7 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
 
     for layer in stack.coda:
         x_BTD = layer(x_BTD, rotary, attend_among(real_BT))
-    return StackOutput(stack.norm(x_BTD)[real_BT], depth_BT[real_BT], router_loss, stats)
+    return StackOutput(stack.norm(x_BTD)[real_BT], depth_BT[real_BT], router_loss, stats, [])
 
 
 def _token_choice(

@@ -50,6 +50,16 @@ class StackOutput(NamedTuple):
     router_loss: Tensor | None
     """weighted losses summed over rows and recursions (each over c_(r-1)), None without any"""
     recursions: list[RecursionStats]
+    ends: list[End]
+    """states at the end of each recursion, where they were asked for"""
+
+
+class End(NamedTuple):
+    """Where the rows of a recursion stand after it."""
+
+    x_AD: Tensor
+    origin_A: Tensor
+    """which of all rows they are"""
 
 
 class Stack(nn.Module):
@@ -108,23 +118,37 @@ class Stack(nn.Module):
         return cast(Router, self.routers[recursion])
 
     def forward(
-        self, x_ND: Tensor, rows: Rows, *, rule: Rule, cache: KVCache | None = None
+        self,
+        x_ND: Tensor,
+        rows: Rows,
+        *,
+        rule: Rule,
+        cache: KVCache | None = None,
+        keep_ends: bool = False,
     ) -> StackOutput:
         """Run packed rows through prelude, recursions and coda.
 
-        x_ND   embeddings of the rows
-        rule   train (top-k of whole sequences, no cache) or causal
-        cache  keys and values of earlier tokens; this call adds those of its rows
+        x_ND       embeddings of the rows
+        rule       train (top-k of whole sequences, no cache) or causal
+        cache      keys and values of earlier tokens; this call adds those of its rows
+        keep_ends  return the states at the end of each recursion too
         """
         rotary = rotary_angles(rows.position_N, self.config, dtype=x_ND.dtype)
         keys = LocalKeys(self.config, rows) if cache is None else cache.append(rows)
         x_ND = self._run(self.prelude, x_ND, rotary, keys.own)
-        x_ND, depth_N, router_loss, stats = self._recursions(x_ND, rows, rotary, rule, keys)
+        ends: list[End] | None = [] if keep_ends else None
+        x_ND, depth_N, router_loss, stats = self._recursions(x_ND, rows, rotary, rule, keys, ends)
         x_ND = self._run(self.coda, x_ND, rotary, keys.own, first=self.config.num_prelude_layers)
-        return StackOutput(self.norm(x_ND), depth_N, router_loss, stats)
+        return StackOutput(self.norm(x_ND), depth_N, router_loss, stats, ends or [])
 
     def _recursions(
-        self, x_ND: Tensor, rows: Rows, rotary: Rotary, rule: Rule, keys: Keys
+        self,
+        x_ND: Tensor,
+        rows: Rows,
+        rotary: Rotary,
+        rule: Rule,
+        keys: Keys,
+        ends: list[End] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, list[RecursionStats]]:
         """Run every recursion on the rows that are active there."""
         start_ND, choice, gating = x_ND, None, self.config.gating
@@ -155,6 +179,8 @@ class Stack(nn.Module):
             view = keys.recursion(r, rows, origin_N)
             x_ND = join(x_ND, self._block(r, x_ND, rotary, view), gate_A1, gating)
             depth_N[origin_N] = r + 1
+            if ends is not None:
+                ends.append(End(x_ND, origin_N))
         for before_ND, index_A in reversed(left):
             x_ND = before_ND.index_copy(0, index_A, x_ND)
         if choice is not None:

@@ -1,11 +1,11 @@
-"""Cross-entropy of a linear head that never holds the whole logits.
+"""Losses of a linear head that never hold the whole logits: of labels, and of a teacher's choice.
 
-Shapes: N rows, D width, V vocabulary.
+Shapes: N rows, D width, E the teacher's width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,3 +86,125 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
         return grad_h_ND, grad_weight_VD, None, None
+
+
+class Distilled(NamedTuple):
+    """Sums over the rows that have a label, nats."""
+
+    loss: Tensor
+    """what is minimised: label_weight x cross_entropy + teacher_weight x divergence"""
+    cross_entropy: Tensor
+    """of the labels; detached"""
+    divergence: Tensor
+    """forward KL, sum over v of p_teacher (log p_teacher - log p_student); detached"""
+
+
+def linear_distillation_reference(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    label_N: Tensor,
+    teacher_NE: Tensor,
+    teacher_VE: Tensor,
+    *,
+    label_weight: float,
+    teacher_weight: float,
+) -> Distilled:
+    """Same sums as `linear_distillation`, with whole logits."""
+    kept_N = label_N != IGNORE
+    student_NV = (h_ND @ weight_VD.T)[kept_N].log_softmax(-1)
+    teacher_NV = (teacher_NE @ teacher_VE.T)[kept_N].log_softmax(-1).detach()
+    entropy = F.nll_loss(student_NV, label_N[kept_N], reduction="sum")
+    divergence = (teacher_NV.exp() * (teacher_NV - student_NV)).sum()
+    loss = label_weight * entropy + teacher_weight * divergence
+    return Distilled(loss, entropy.detach(), divergence.detach())
+
+
+def linear_distillation(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    label_N: Tensor,
+    teacher_NE: Tensor,
+    teacher_VE: Tensor,
+    *,
+    label_weight: float,
+    teacher_weight: float,
+    chunk_rows: int = 512,
+) -> Distilled:
+    """Sum the losses of labels and of a teacher's distribution, chunk by chunk.
+
+    Both gradients are ready after the forward pass, as in `linear_cross_entropy`: one target, the
+    weighted mean of label and teacher, serves both losses.
+    h_ND, weight_VD         states after the last norm, and head; gradients go here
+    teacher_NE, teacher_VE  the teacher's, without gradient
+    label_N                 int64 targets, -100 to leave a row out of both losses
+    """
+    device = h_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        h_ND, weight_VD = h_ND.to(dtype), weight_VD.to(dtype)
+        teacher_NE, teacher_VE = teacher_NE.to(dtype), teacher_VE.to(dtype)
+    weights = (label_weight, teacher_weight)
+    args = (h_ND, weight_VD, label_N, teacher_NE.detach(), teacher_VE.detach())
+    return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows))
+
+
+class _LinearDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        label_N: Tensor,
+        teacher_NE: Tensor,
+        teacher_VE: Tensor,
+        weights: tuple[float, float],
+        chunk_rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(h_ND.dtype, torch.float32)
+        grad_h_ND = torch.empty_like(h_ND) if needs_h else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        entropy = torch.zeros((), dtype=wide, device=h_ND.device)
+        divergence = torch.zeros_like(entropy)
+        label_weight, teacher_weight = weights
+        with torch.autocast(h_ND.device.type, enabled=False):
+            for start in range(0, h_ND.shape[0], chunk_rows):
+                rows = slice(start, start + chunk_rows)
+                h_CD, label_C = h_ND[rows], label_N[rows]
+                kept_C = label_C != IGNORE
+                target_C1 = label_C.where(kept_C, torch.zeros_like(label_C))[:, None]
+                log_CV = F.linear(h_CD, weight_VD).to(wide)
+                log_CV -= log_CV.logsumexp(-1, keepdim=True)
+                teacher_CV = F.linear(teacher_NE[rows], teacher_VE).to(wide)
+                teacher_CV -= teacher_CV.logsumexp(-1, keepdim=True)
+                share_CV = teacher_CV.exp()
+                entropy -= (log_CV.gather(1, target_C1)[:, 0] * kept_C).sum()
+                divergence += ((share_CV * teacher_CV.sub_(log_CV)).sum(-1) * kept_C).sum()
+                if grad_h_ND is None and grad_weight_VD is None:
+                    continue
+                grad_CV = log_CV.exp_().mul_(label_weight + teacher_weight)
+                grad_CV.sub_(share_CV, alpha=teacher_weight)
+                ones_C1 = torch.full_like(target_C1, -label_weight, dtype=wide)
+                grad_CV.scatter_add_(1, target_C1, ones_C1)
+                grad_CV = grad_CV.mul_(kept_C[:, None]).to(h_ND.dtype)
+                if grad_h_ND is not None:
+                    torch.mm(grad_CV, weight_VD, out=grad_h_ND[rows])
+                if grad_weight_VD is not None:
+                    grad_weight_VD += grad_CV.T @ h_CD
+        ctx.save_for_backward(grad_h_ND, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(entropy, divergence)
+        return label_weight * entropy + teacher_weight * divergence, entropy, divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        grad_h_ND, grad_weight_VD = ctx.saved_tensors
+        if grad_h_ND is not None:
+            grad_h_ND = grad_h_ND * grad.to(grad_h_ND.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+        return grad_h_ND, grad_weight_VD, None, None, None, None, None

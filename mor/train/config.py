@@ -35,6 +35,10 @@ class TrainConfig:
     """muon takes the layers' projections and leaves the rest to adamw; one rate serves both"""
     lr: float = 3e-3
     """peak learning rate"""
+    router_lr_scale: float = 1.0
+    """learning rate of the routers over that of the rest"""
+    lora_lr_scale: float = 1.0
+    """learning rate of the recursions' low-rank additions over that of the rest"""
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
     """trapezoid: warm up, hold, fall linearly to 0; cosine: warm up, fall to a tenth"""
     warmup_share: float = 0.05
@@ -79,7 +83,7 @@ class TrainConfig:
             )
         for name in ("budget_tokens", "budget_flops", "weight_decay", "beta1", "beta2"):
             _check_number(name, getattr(self, name), 0)
-        for name in ("lr", "grad_clip"):
+        for name in ("lr", "grad_clip", "router_lr_scale", "lora_lr_scale"):
             _check_number(name, getattr(self, name), 0, is_open=True)
         for name in ("warmup_share", "decay_share"):
             value = getattr(self, name)
@@ -214,6 +218,15 @@ def load_recipe(path: Path) -> Recipe:
     if "capacity" in model:
         model["capacity"] = tuple(model["capacity"])
     return Recipe(model=ModelConfig(**model), train=TrainConfig(**tables.get("train", {})))
+
+
+def with_defaults(run: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the fields that were not there yet when a recipe's tables were written."""
+    filled = dict(run)
+    for table, kind in RECIPE_TABLES.items():
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        filled[table] = {**defaults, **run.get(table, {})}
+    return filled
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

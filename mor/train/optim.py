@@ -42,6 +42,15 @@ def is_projection(name: str, param: torch.Tensor) -> bool:
     return param.dim() == 2 and ".layers." in name and name.endswith("_proj.weight")
 
 
+def rate_scale(name: str, config: TrainConfig) -> float:
+    """Return a parameter's learning rate over the recipe's."""
+    if is_aux_router(name):
+        return AUX_LR_SCALE
+    if ".routers." in name:
+        return config.router_lr_scale
+    return config.lora_lr_scale if "recursion_A" in name or "recursion_B" in name else 1.0
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer; both work on its groups (Muon's first) and its state."""
 
@@ -64,14 +73,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Return fused AdamW, or Muon for the layers' projections beside it.
 
-    Auxiliary routers learn at ten times the rate, as in the paper; `lr_scale` says so. Muon's
-    updates have the size of AdamW's, so that one rate and one decay serve both.
+    Groups have an `lr_scale`; auxiliary routers learn at ten times the rate, as in the paper.
+    Muon's updates have the size of AdamW's, so that one rate and one decay serve both.
     Source: arXiv 2502.16982 for Muon at AdamW's rate
     """
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():
         is_muon = config.optimizer == "muon" and is_projection(name, param)
-        lr_scale = AUX_LR_SCALE if is_aux_router(name) else 1.0
+        lr_scale = rate_scale(name, config)
         decay = config.weight_decay if decays(name, param) else 0.0
         groups.setdefault((is_muon, lr_scale, decay), []).append(param)
 

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mor.checkpoint import model_card, save_model
+from mor.checkpoint import WEIGHTS, load_state, load_tensors, model_card, save_model
 from mor.config import ModelConfig
 from mor.data.loader import Batch, PreparedData, TrainLoader, sequential_batches
-from mor.files import claim_folder, read_json, remove_leftovers, write_json
+from mor.files import claim_folder, read_json, remove_leftovers, sha256_file, write_json
 from mor.log import logger, progress
 from mor.model.cost import count_params, training_flops_per_token
 from mor.model.mor import MoR
 from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
-from mor.train.config import Recipe, check_context, recipe_to_dict
+from mor.train.config import Recipe, check_context, recipe_to_dict, with_defaults
 from mor.train.heldout import measure_loss, set_thresholds
 from mor.train.metrics import (
     MetricsFile,
@@ -38,6 +38,7 @@ from mor.train.metrics import (
 )
 from mor.train.optim import build_optimizer, clip_gradients, learning_rate
 from mor.train.state import Checkpoints
+from mor.train.teacher import DistillConfig, Teacher
 
 EVAL_BATCH_TOKENS = 8192
 
@@ -67,15 +68,32 @@ class TrainSummary(NamedTuple):
     active_share: tuple[float, ...]
 
 
-def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False) -> TrainSummary:
+def train(
+    recipe: Recipe,
+    *,
+    data: PreparedData,
+    out: Path,
+    resume: bool = False,
+    start: Path | None = None,
+    teacher: Teaching | None = None,
+) -> TrainSummary:
     """Train a model from a recipe on prepared data; the model folder ends as `out/model`.
 
-    out     new or empty folder, or a run to go on with
-    resume  go on from the newest checkpoint in `out`
-    Raises  ValueError for settings that do not fit, a folder that holds another run, or a step
-            whose loss is not finite (the last good checkpoint stays); Interrupted after Ctrl-C
+    out      new or empty folder, or a run to go on with
+    resume   go on from the newest checkpoint in `out`
+    start    model folder whose weights, first and last token the run begins with
+    teacher  parent to learn from beside the text
+    Raises   ValueError for settings that do not fit, a folder that holds another run, or a step
+             whose loss is not finite (the last good checkpoint stays); Interrupted after Ctrl-C
     """
-    recipe = dataclasses.replace(recipe, model=fit_to_data(recipe.model, data, recipe))
+    fitted = fit_to_data(recipe.model, data, recipe)
+    if start is not None:
+        ends = {
+            "bos_token_id": recipe.model.bos_token_id,
+            "eos_token_id": recipe.model.eos_token_id,
+        }
+        fitted = dataclasses.replace(fitted, **ends)
+    recipe = dataclasses.replace(recipe, model=fitted)
     config = recipe.train
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -86,9 +104,19 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
         eos_token_id=data.manifest.eos_token_id,
     )
     heldout = held_batches(data, "heldout", recipe)
-    _open_run(out, recipe, data, resume=resume)
+    origin = {} if start is None else {"start": sha256_file(start / WEIGHTS)}
+    if teacher is not None:
+        origin |= {"teacher": sha256_file(teacher.folder / WEIGHTS)}
+        origin |= dataclasses.asdict(teacher.config)
+    _open_run(out, recipe, data, origin, resume=resume)
 
     model = new_model(recipe, device)
+    if start is not None:
+        take_weights(model, start)
+    taught, parent_loss = None, math.nan
+    if teacher is not None:
+        taught = Teacher(teacher.folder, recipe.model, teacher.config, dtype=dtype, device=device)
+        parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
     optimizer = build_optimizer(model, config)
     flops_per_token = training_flops_per_token(recipe.model, config.context)
     num_steps = config.num_steps(flops_per_token)
@@ -112,7 +140,9 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
                 rate = learning_rate(step, num_steps, config)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_scale"]
-                losses = train_step(model, optimizer, loader, step, recipe, device, dtype, meter)
+                losses = train_step(
+                    model, optimizer, loader, step, recipe, device, dtype, meter, taught
+                )
                 if not all(map(math.isfinite, losses.values())):
                     raise ValueError(_bad_step(step, losses, checkpoints))
                 done = step + 1
@@ -136,6 +166,11 @@ def train(recipe: Recipe, *, data: PreparedData, out: Path, resume: bool = False
                 if done % eval_every == 0 and done < num_steps:
                     result = measure_loss(model, heldout, dtype=dtype)
                     line = {"heldout_loss": result.loss, "heldout_active": list(result.active)}
+                    if taught is not None:
+                        line["parent_heldout_loss"] = parent_loss
+                        logger.info(
+                            "held-out loss %.4f, the parent's %.4f", result.loss, parent_loss
+                        )
                     metrics.write(done, line)
                     log_s, log_step = time.monotonic(), done
                 state = {"step": done, "seconds": time.monotonic() - start_s}
@@ -163,6 +198,25 @@ def new_model(recipe: Recipe, device: torch.device) -> MoR:
     return model
 
 
+class Teaching(NamedTuple):
+    """A parent's folder and what is learnt from it."""
+
+    folder: Path
+    config: DistillConfig
+
+
+def take_weights(model: MoR, folder: Path) -> None:
+    """Begin with a folder's weights; what counts steps of a schedule begins anew.
+
+    Raises ValueError for a weight that is missing, foreign or of another shape
+    """
+    fresh = model.state_dict()
+    counters = {name: value for name, value in fresh.items() if name.endswith(".steps_done")}
+    tensors = load_tensors(folder / WEIGHTS)
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".steps_done")}
+    load_state(model, {**tensors, **counters}, where=str(folder / WEIGHTS), assign=False)
+
+
 def train_step(
     model: MoR,
     optimizer: torch.optim.Optimizer,
@@ -172,6 +226,7 @@ def train_step(
     device: torch.device,
     dtype: torch.dtype,
     meter: RoutingMeter,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
     """Do one optimizer step; nothing is updated when loss or gradients are not finite.
 
@@ -181,7 +236,8 @@ def train_step(
     config = recipe.train
     tokens = config.batch_tokens
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
-    router_sum = torch.zeros_like(loss_sum)
+    router_sum, divergence_sum = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
+    state_sum = torch.zeros_like(loss_sum)
     routed: list[list[RecursionStats]] = []
     for start in range(0, config.batch_rows, config.micro_batch_rows):
         first = step * config.batch_rows + start
@@ -192,14 +248,21 @@ def train_step(
                 labels=batch.labels_BT,
                 segments=batch.segment_BT,
                 rule="train",
+                keep_states=teacher is not None,
             )
-        assert out.loss_sum is not None
-        loss = out.loss_sum / tokens
+            if teacher is None:
+                assert out.loss_sum is not None
+                loss, entropy = out.loss_sum / tokens, out.loss_sum.detach()
+            else:
+                taught = teacher.losses(model, batch, out)
+                loss, entropy = taught.loss / tokens, taught.cross_entropy
+                divergence_sum += taught.divergence
+                state_sum += taught.state_gap
         if out.router_loss_sum is not None:
             loss = loss + out.router_loss_sum / tokens
             router_sum += out.router_loss_sum.detach()
         loss.backward()
-        loss_sum += out.loss_sum.detach()
+        loss_sum += entropy
         meter.add(out)
         routed.append(out.recursions)
     grad_norm = clip_gradients(model, config.grad_clip)
@@ -208,6 +271,9 @@ def train_step(
         "router_loss": float(router_sum) / tokens,
         "grad_norm": float(grad_norm),
     }
+    if teacher is not None:
+        losses["divergence"] = float(divergence_sum) / tokens
+        losses["state_gap"] = float(state_sum) / tokens
     if all(map(math.isfinite, losses.values())):
         optimizer.step()
         model.model.after_step(routed, is_first=step == 0)
@@ -287,9 +353,15 @@ def fit_to_data(model: ModelConfig, data: PreparedData, recipe: Recipe) -> Model
     return dataclasses.replace(model, vocab_size=size, bos_token_id=eos, eos_token_id=eos)
 
 
-def _open_run(out: Path, recipe: Recipe, data: PreparedData, *, resume: bool) -> None:
-    """Claim a new run folder, or hold a resumed one to the recipe and data it began with."""
+def _open_run(
+    out: Path, recipe: Recipe, data: PreparedData, origin: dict[str, Any], *, resume: bool
+) -> None:
+    """Claim a new run folder, or hold a resumed one to the recipe and data it began with.
+
+    origin  hashes of the weights that the run begins with and learns from, empty without
+    """
     run = {**recipe_to_dict(recipe), "data_sha256": data.manifest.corpus_sha256}
+    run |= {"origin": origin} if origin else {}
     run = json.loads(json.dumps(run))
     file = out / "run.json"
     if not resume:
@@ -304,9 +376,14 @@ def _open_run(out: Path, recipe: Recipe, data: PreparedData, *, resume: bool) ->
     before = read_json(file)
     if before.get("data_sha256") != run["data_sha256"]:
         raise ValueError(f"the data is not what the run in {out} began with; give the same --data")
+    if before.get("origin") != run.get("origin"):
+        raise ValueError(
+            f"the run in {out} began with other weights or another parent; give the same"
+        )
+    before = with_defaults(before)
     for table in ("model", "train"):
         for key, value in run[table].items():
-            was = before.get(table, {}).get(key)
+            was = before[table].get(key)
             if was != value:
                 raise ValueError(
                     f"{table}.{key} is {value}, the run in {out} began with {was}; "

@@ -29,7 +29,6 @@ def trained(model: str, loss: float, seed: int, budget: str, kind: str) -> dict[
         "machine": MACHINE,
         "member": f"{budget}_{model}_s{seed}",
         "outcome": "done",
-        "key": f"{budget}{model}{seed}",
         "budget": budget,
         "budget_kind": kind,
         "model": model,

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mor.experiment.results import Results, read_results, sealed
 
 
-def line(**more: object) -> dict[str, object]:
-    return {"member": "a", "outcome": "done", "key": "k", "val_loss": 2.5, **more}
+def settings(lr: float) -> dict[str, Any]:
+    return {"recipe": {"model": {}, "train": {"lr": lr}}, "data_sha256": "d", "eval_tokens": 9}
+
+
+def line(**more: object) -> dict[str, Any]:
+    return {"member": "a", "outcome": "done", "val_loss": 2.5, **settings(1.0), **more}
 
 
 def test_what_is_added_is_read_back(tmp_path: Path):
     results = Results(tmp_path / "kept" / "r.jsonl")
     results.add(line())
-    results.add(line(member="b", key="l"))
+    results.add(line(member="b", **settings(2.0)))
     again = Results(results.path)
     assert list(again.by_name) == ["a", "b"]
-    assert again.done("a", "k") == again.by_name["a"]
-    assert again.done("c", "l") == again.by_name["b"]
-    assert again.done("c", "m") is None
+    assert again.done("a", settings(1.0)) == again.by_name["a"]
+    assert again.done("c", settings(2.0)) == again.by_name["b"]
+    assert again.done("c", settings(3.0)) is None
     with pytest.raises(ValueError, match="holds a from other settings or data"):
-        again.done("a", "other")
+        again.done("a", settings(2.0))
+
+
+def test_a_field_that_came_later_has_its_default(tmp_path: Path):
+    results = Results(tmp_path / "r.jsonl")
+    results.add(line())
+    now = settings(1.0)
+    now["recipe"]["train"]["lora_lr_scale"] = 1.0
+    assert results.done("a", now) is not None
+    now["recipe"]["train"]["lora_lr_scale"] = 2.0
+    assert results.done("b", now) is None
 
 
 def test_two_runs_add_to_one_file(tmp_path: Path):

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from mor.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
+from mor.ops.loss import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_distillation,
+    linear_distillation_reference,
+)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
@@ -56,3 +61,41 @@ def test_loss_under_autocast_stays_close_to_fp32():
         half = linear_cross_entropy(h, weight, label)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, plain, rtol=2e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.0), (0.0, 2.0)])
+def test_distillation_and_gradients_equal_the_plain_twin(chunk_rows, weights):
+    results = []
+    for function in (linear_distillation, linear_distillation_reference):
+        torch.manual_seed(1)
+        h = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+        teacher = torch.randn(7, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
+        label = torch.tensor([0, 10, -100, 3, 3, -100, 7])
+        options = {"chunk_rows": chunk_rows} if function is linear_distillation else {}
+        out = function(
+            h,
+            weight,
+            label,
+            *teacher,
+            label_weight=weights[0],
+            teacher_weight=weights[1],
+            **options,
+        )
+        (out.loss * 0.3).backward()
+        results.append((*out, h.grad, weight.grad))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_student_that_says_what_its_teacher_says_has_no_divergence():
+    h, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5)
+    label = torch.arange(6)
+    out = linear_distillation(h, weight, label, h, weight, label_weight=0.0, teacher_weight=1.0)
+    out.loss.backward()
+    assert float(out.divergence) == pytest.approx(0, abs=1e-5)
+    assert h.grad is not None and h.grad.abs().max() < 1e-6
+    assert float(out.cross_entropy) == pytest.approx(
+        float(linear_cross_entropy_reference(h, weight, label).detach()), rel=1e-5
+    )

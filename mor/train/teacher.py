@@ -1,0 +1,143 @@
+"""A parent that teaches: its distribution over the next token, and its states at recursion ends.
+
+The parent is a vanilla model of the same vocabulary, frozen. Source: forward KL as in arXiv
+1503.02531 at temperature 1; states as in Relaxed Recursive Transformers, arXiv 2410.20672.
+Shapes: N rows, A active rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mor.checkpoint import load_model
+from mor.config import ModelConfig
+from mor.data.loader import Batch
+from mor.model.layers import rotary_angles
+from mor.model.mor import MoR, MoROutput
+from mor.model.rows import Rows
+from mor.model.stack import End
+from mor.model.views import LocalKeys
+from mor.ops.loss import linear_distillation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig:
+    """What a student learns from. Raises ValueError, in one line, for weights that do not fit."""
+
+    label_weight: float = 0.3
+    """weight of the plain loss"""
+    teacher_weight: float = 0.7
+    """weight of the divergence from the parent's distribution, forward KL"""
+    state_weight: float = 0.0
+    """weight of the distance of states at recursion ends, over the parent's mean square"""
+
+    def __post_init__(self) -> None:
+        for name in ("label_weight", "teacher_weight", "state_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; give a number of 0 or more")
+        if self.label_weight + self.teacher_weight == 0:
+            raise ValueError("label_weight and teacher_weight are 0; give one of them above 0")
+
+
+class Taught(NamedTuple):
+    """Sums over the tokens of a batch."""
+
+    loss: Tensor
+    """what is minimised"""
+    cross_entropy: Tensor
+    divergence: Tensor
+    state_gap: Tensor
+    """mean over recursions; 0 where it is not asked for"""
+
+
+class Teacher:
+    """A parent and what is asked of it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        student: ModelConfig,
+        config: DistillConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Load the parent's folder; ValueError when it cannot teach this student."""
+        self.folder, self.config = folder, config
+        self.parent = load_model(folder, dtype=dtype, device=device).requires_grad_(False)
+        parent = self.parent.config
+        if parent.num_recursions != 1:
+            raise ValueError(
+                f"{folder} has {parent.num_recursions} recursions; a parent is a vanilla model"
+            )
+        if parent.vocab_size != student.vocab_size:
+            raise ValueError(
+                f"{folder} has a vocabulary of {parent.vocab_size}, the student one of "
+                f"{student.vocab_size}; they must be the same"
+            )
+        if config.state_weight and parent.hidden_size != student.hidden_size:
+            raise ValueError(
+                f"{folder} has width {parent.hidden_size}, the student {student.hidden_size}; set "
+                "state_weight to 0"
+            )
+        self.after_layers = layers_at_ends(student, parent.num_hidden_layers)
+
+    def losses(self, student: MoR, batch: Batch, out: MoROutput) -> Taught:
+        """Compare a student's states on a batch with the parent's."""
+        assert out.states is not None
+        with torch.no_grad():
+            teacher_ND, ends = self._states(batch)
+        distilled = linear_distillation(
+            out.states.x_ND,
+            student.head_weight_VD,
+            batch.labels_BT.flatten(),
+            teacher_ND,
+            self.parent.head_weight_VD,
+            label_weight=self.config.label_weight,
+            teacher_weight=self.config.teacher_weight,
+        )
+        gap = state_gap(out.states.ends, ends) if ends else torch.zeros_like(distilled.loss)
+        loss = distilled.loss + self.config.state_weight * gap
+        return Taught(loss, distilled.cross_entropy, distilled.divergence, gap.detach())
+
+    def _states(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Return the parent's last states, and those after the layers that recursions end at."""
+        stack = self.parent.model
+        rows, _ = Rows.pack(batch.input_ids_BT, segment_BT=batch.segment_BT)
+        x_ND = stack.embed_tokens(rows.token_N)
+        rotary = rotary_angles(rows.position_N, self.parent.config, dtype=x_ND.dtype)
+        attend = LocalKeys(self.parent.config, rows).own.layer(0)
+        found: dict[int, Tensor] = {}
+        for index, layer in enumerate(stack.layers):
+            x_ND = layer(x_ND, rotary, attend)
+            if self.config.state_weight and index + 1 in self.after_layers:
+                found[index + 1] = x_ND
+        wanted = self.after_layers if self.config.state_weight else ()
+        return stack.norm(x_ND), [found[index] for index in wanted]
+
+
+def layers_at_ends(student: ModelConfig, parent_layers: int) -> list[int]:
+    """Return after how many of the parent's layers each recursion of the student ends.
+
+    Where the student has fewer layers, in proportion.
+    """
+    K, ours = student.num_block_layers, student.num_hidden_layers
+    ends = [student.num_prelude_layers + K * (r + 1) for r in range(student.num_recursions)]
+    return [round(end * parent_layers / ours) for end in ends]
+
+
+def state_gap(ends: Sequence[End], teacher: Sequence[Tensor]) -> Tensor:
+    """Sum over active rows of |x - t|^2 / |t|^2, mean over recursions."""
+    total = teacher[0].new_zeros((), dtype=torch.float32)
+    for end, t_ND in zip(ends, teacher, strict=True):
+        t_AD = t_ND[end.origin_A].float()
+        distance_A = (end.x_AD.float() - t_AD).square().sum(-1)
+        total = total + (distance_A / t_AD.square().sum(-1).clamp_min(1e-12)).sum()
+    return total / len(ends)
