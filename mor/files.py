@@ -112,3 +112,47 @@ def _sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Hold a folder for one run at a time, and its children; ValueError when another has it."""
+    file = out / ".lock"
+    try:
+        with locked(file, wait=False, inherit=True):
+            yield
+    except BlockingIOError as error:
+        pid = file.read_text().strip() or "unknown"
+        raise ValueError(
+            f"{out} is in use by another run (process {pid}); wait for it or give another --out"
+        ) from error
+
+
+@contextmanager
+def locked(file: Path, *, wait: bool = True, inherit: bool = False) -> Iterator[None]:
+    """Hold a file that names our process, until the end or that of the process.
+
+    inherit  children that take open files hold it too
+    Raises   BlockingIOError when another process holds it and we do not wait
+    """
+    with file.open("a+") as lock:
+        os.set_inheritable(lock.fileno(), inherit)
+        _lock(lock.fileno(), wait=wait)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _lock(handle: int, *, wait: bool) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # pyrefly: ignore
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mor.experiment.child import locked
-from mor.files import write_text
+from mor.files import locked, write_text
 from mor.train.config import with_defaults
 
 FORMAT_VERSION = 1

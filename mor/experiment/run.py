@@ -16,7 +16,7 @@ from typing import Any
 import mor
 from mor.checkpoint import load_model
 from mor.data.loader import PreparedData
-from mor.experiment.child import MemberFailed, only_one, run_mor
+from mor.experiment.child import MemberFailed, run_mor
 from mor.experiment.config import (
     Entry,
     Experiment,
@@ -29,7 +29,7 @@ from mor.experiment.members import Member, budget_members, planned_members, swee
 from mor.experiment.pace import measure_paces
 from mor.experiment.page import write_report
 from mor.experiment.results import Result, Results
-from mor.files import read_json, write_text
+from mor.files import only_one, read_json, write_text
 from mor.log import human_count, logger
 from mor.model.cost import count_params
 from mor.ops.device import describe_machine

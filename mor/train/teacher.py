@@ -8,7 +8,6 @@ Shapes: N rows, A active rows, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,26 +23,7 @@ from mor.model.rows import Rows
 from mor.model.stack import End
 from mor.model.views import LocalKeys
 from mor.ops.loss import linear_distillation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
-    """What a student learns from. Raises ValueError, in one line, for weights that do not fit."""
-
-    label_weight: float = 0.3
-    """weight of the plain loss"""
-    teacher_weight: float = 0.7
-    """weight of the divergence from the parent's distribution, forward KL"""
-    state_weight: float = 0.0
-    """weight of the distance of states at recursion ends, over the parent's mean square"""
-
-    def __post_init__(self) -> None:
-        for name in ("label_weight", "teacher_weight", "state_weight"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value}; give a number of 0 or more")
-        if self.label_weight + self.teacher_weight == 0:
-            raise ValueError("label_weight and teacher_weight are 0; give one of them above 0")
+from mor.train.distill import DistillConfig
 
 
 class Taught(NamedTuple):

@@ -29,6 +29,7 @@ from mor.model.mor import MoR
 from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
 from mor.train.config import Recipe, check_context, recipe_to_dict, with_defaults
+from mor.train.distill import DistillConfig
 from mor.train.heldout import measure_loss, set_thresholds
 from mor.train.metrics import (
     MetricsFile,
@@ -38,7 +39,7 @@ from mor.train.metrics import (
 )
 from mor.train.optim import build_optimizer, clip_gradients, learning_rate
 from mor.train.state import Checkpoints
-from mor.train.teacher import DistillConfig, Teacher
+from mor.train.teacher import Teacher
 
 EVAL_BATCH_TOKENS = 8192
 

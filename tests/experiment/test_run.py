@@ -17,10 +17,11 @@ from support_experiment import EXPERIMENT
 from mor.cli import main
 from mor.data.loader import PreparedData
 from mor.experiment import run as runs
-from mor.experiment.child import MemberFailed, locked, only_one, run_mor
+from mor.experiment.child import MemberFailed, run_mor
 from mor.experiment.config import ExperimentConfig
 from mor.experiment.results import read_results
 from mor.experiment.run import curve, list_members, run_experiment
+from mor.files import locked, only_one
 from mor.train.config import load_recipe
 from mor.train.trainer import train
 
@@ -177,16 +178,14 @@ def test_two_runs_in_one_folder_are_refused(
     out = tmp_path / "out"
     out.mkdir()
     code = (
-        "import sys, pathlib\nfrom mor.experiment.child import only_one\n"
+        "import sys, pathlib\nfrom mor.files import only_one\n"
         f"with only_one(pathlib.Path({str(out)!r})):\n    print('held', flush=True)\n    input()\n"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
-    with pytest.raises(
-        ValueError, match=rf"in use by another mor experiment \(process {other.pid}"
-    ):
+    with pytest.raises(ValueError, match=rf"in use by another run \(process {other.pid}"):
         go()
     other.communicate("\n")
     with only_one(out):
@@ -195,7 +194,7 @@ def test_two_runs_in_one_folder_are_refused(
 
 def test_a_training_that_outlives_its_experiment_holds_the_folder(tmp_path: Path):
     code = (
-        "import os, pathlib, subprocess, sys\nfrom mor.experiment.child import only_one\n"
+        "import os, pathlib, subprocess, sys\nfrom mor.files import only_one\n"
         f"with only_one(pathlib.Path({str(tmp_path)!r})):\n"
         "    child = subprocess.Popen([sys.executable, '-c', 'input()'], close_fds=False)\n"
         "    print(child.pid, flush=True)\n    os._exit(9)\n"

@@ -16,9 +16,10 @@ from mor.data.loader import PreparedData, TrainLoader
 from mor.model.mor import MoR
 from mor.train import trainer
 from mor.train.config import Recipe, TrainConfig
+from mor.train.distill import DistillConfig
 from mor.train.metrics import read_metrics
 from mor.train.optim import build_optimizer
-from mor.train.teacher import DistillConfig, Teacher, layers_at_ends
+from mor.train.teacher import Teacher, layers_at_ends
 from mor.train.trainer import Teaching, train
 
 SHAPE: dict[str, Any] = {
