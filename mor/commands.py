@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mor.bench.config import BenchTrainConfig
+from mor.bench.load_config import BenchServeConfig
 from mor.bench.serve_config import BenchDecodeConfig, BenchPrefillConfig
 from mor.config import ModelConfig
+from mor.convert.config import ConvertConfig
 from mor.data.config import PrepareConfig
 from mor.engine.config import Backend
 from mor.engine.params import SamplingParams
 from mor.experiment.config import ExperimentConfig
 from mor.log import logger
 from mor.train.config import Recipe, TrainConfig
+from mor.uptrain.config import UptrainConfig
 
 if TYPE_CHECKING:
     from mor.engine.engine import Engine
@@ -73,6 +76,32 @@ class Train:
     """print one JSON object as the last line"""
     model: ModelConfig
     train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Turn an open checkpoint of the Llama family into a MoR folder, or a MoR into a Llama."""
+
+    parent: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PARENT")]
+    """Hugging Face folder, hub name OWNER/NAME, .gguf file, or smollm2-135m-instruct"""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """new or empty folder for the model"""
+    config: tyro.conf.OmitArgPrefixes[ConvertConfig]
+    to: Literal["mor", "llama"] = "mor"
+    """llama unrolls a MoR folder whose gates are all 1 into a plain Llama"""
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uptrain:
+    """Convert an open checkpoint and heal it in stages, taught by its parent."""
+
+    parent: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PARENT")]
+    """what mor convert takes, such as smollm2-135m-instruct"""
+    config: tyro.conf.OmitArgPrefixes[UptrainConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +240,15 @@ class BenchPrefill:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchServe:
+    """Put load on a server that speaks OpenAI's API, ours or another, and time its answers."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchServeConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Run the trainings of one recipe and say what they show; goes on where it was stopped."""
 
@@ -248,6 +286,22 @@ def run_train(args: Train) -> dict[str, Any]:
         summary.mean_depth,
     )
     return summary._asdict()
+
+
+def run_convert(args: Convert) -> dict[str, Any]:
+    if args.to == "llama":
+        from mor.convert.llama import to_llama
+
+        return to_llama(Path(args.parent), args.out)
+    from mor.convert.convert import convert
+
+    return convert(args.parent, args.out, args.config)
+
+
+def run_uptrain(args: Uptrain) -> dict[str, Any]:
+    from mor.uptrain.run import uptrain
+
+    return uptrain(args.parent, args.config)
 
 
 def run_generate(args: Generate) -> dict[str, Any]:
@@ -358,6 +412,21 @@ def run_bench_prefill(args: BenchPrefill) -> dict[str, Any]:
     return result
 
 
+def run_bench_serve(args: BenchServe) -> dict[str, Any]:
+    from mor.bench.load import bench_serve
+
+    result = bench_serve(args.config)
+    logger.info(
+        "%d answered in %.1f s, %.1f tokens/s; first token after %s ms (median), errors: %s",
+        result["completed"],
+        result["seconds"],
+        result["tokens_per_s"],
+        "?" if result["ttft_p50_ms"] is None else f"{result['ttft_p50_ms']:.0f}",
+        result["errors"] or "none",
+    )
+    return result
+
+
 def run_experiment(args: Experiment) -> dict[str, Any]:
     if args.config.render:
         from mor.experiment.render import render
@@ -375,6 +444,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "demo": (Demo, run_demo),
     "prepare": (Prepare, run_prepare),
     "train": (Train, run_train),
+    "convert": (Convert, run_convert),
+    "uptrain": (Uptrain, run_uptrain),
     "generate": (Generate, run_generate),
     "chat": (Chat, run_chat),
     "eval": (Eval, run_eval),
@@ -382,6 +453,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "bench train": (BenchTrain, run_bench_train),
     "bench decode": (BenchDecode, run_bench_decode),
     "bench prefill": (BenchPrefill, run_bench_prefill),
+    "bench serve": (BenchServe, run_bench_serve),
     "experiment": (Experiment, run_experiment),
 }
 GROUPS = ("bench",)

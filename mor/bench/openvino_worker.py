@@ -27,9 +27,9 @@ def main() -> None:
 def serve(answers) -> None:
     about = json.loads(sys.stdin.readline())
     import numpy as np
-    import openvino  # pyrefly: ignore
-    import openvino_genai  # pyrefly: ignore
-    from optimum.intel import OVModelForCausalLM  # pyrefly: ignore
+    import openvino
+    import openvino_genai
+    from optimum.intel import OVModelForCausalLM
 
     folder = str(Path(about["model"]) / "openvino")
     model = OVModelForCausalLM.from_pretrained(

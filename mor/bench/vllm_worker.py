@@ -33,7 +33,7 @@ def serve(answers) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(about["threads"]),
     }
-    import vllm  # pyrefly: ignore
+    import vllm
 
     llm = vllm.LLM(
         model=about["model"],

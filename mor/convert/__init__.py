@@ -1,0 +1,1 @@
+"""Conversion: an open checkpoint of the Llama family becomes a MoR folder, and back."""

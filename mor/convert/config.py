@@ -1,0 +1,84 @@
+"""What `mor convert` is asked to do. Imports no torch."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mor.config import Gating, KVStrategy, Projection, RouterBody, RouterKind, Sharing, check_choice
+
+Init = Literal["stepwise", "average", "lower", "upper", "random", "svd"]
+StoredType = Literal["auto", "float32", "bfloat16"]
+
+INEXACT_GATINGS = {
+    "weighted": "its gate is alpha x sigmoid, so the stream is not the parent's; use residual",
+    "additive": "it adds a recursion to the stream once more; use residual or none",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig:
+    """Settings of a conversion. Raises ValueError, in one line, for what does not fit."""
+
+    num_recursions: int = 2
+    """times that the shared block is applied; 1 keeps the vanilla model"""
+    sharing: Sharing = "middle_cycle"
+    """which layers share weights; none keeps all of the parent's and adds routing alone"""
+    init: Init = "average"
+    """shared layers from the parent's that they stand for: evenly spaced ones, their average, the
+    lower or upper ones, random, or svd: the average, and what each differs by as LoRA"""
+    router: RouterKind = "expert_choice"
+    """who decides on depth; fixed leaves every token at full depth"""
+    router_body: RouterBody = "linear"
+    """what turns a state into a score"""
+    gating: Gating = "residual"
+    """residual with zero router weights (a gate of 1), or none"""
+    kv_strategy: KVStrategy = "per_recursion"
+    """keys and values of each recursion, or shared, which is not exact before healing"""
+    relax_norms: bool = False
+    """norm gains of each recursion's own, from the parent's layers"""
+    lora_rank: int = 0
+    """rank of each recursion's low-rank additions; svd needs one"""
+    lora_targets: tuple[Projection, ...] = ("q_proj", "v_proj")
+    """projections that have such an addition"""
+    drop_layers: tuple[int, ...] = ()
+    """layers of the parent, from 0, to leave out, where their number does not divide"""
+    tokenizer: Path | None = None
+    """tokenizer.json or its folder, where the parent brings none that we can read"""
+    dtype: StoredType = "auto"
+    """type of the stored weights; auto keeps the parent's, float32 where it was quantised"""
+    seed: int = 0
+    """seed of what is random"""
+
+    def __post_init__(self) -> None:
+        check_choice("init", self.init, typing.get_args(Init))
+        check_choice("dtype", self.dtype, typing.get_args(StoredType))
+        if self.num_recursions < 1:
+            raise ValueError(f"num_recursions is {self.num_recursions}; give 1 or more")
+        if self.is_routed and self.gating in INEXACT_GATINGS:
+            raise ValueError(f"gating is {self.gating}; {INEXACT_GATINGS[self.gating]}")
+        if self.is_routed and self.router == "token_choice":
+            raise ValueError(
+                "router is token_choice, whose scores decide at once, so no zero weights leave "
+                "every token at full depth; use expert_choice or threshold"
+            )
+        if self.init == "svd" and self.is_shared and self.lora_rank < 1:
+            raise ValueError("init is svd and lora_rank is 0; give the rank of the additions")
+        if len(set(self.drop_layers)) != len(self.drop_layers):
+            raise ValueError(f"drop_layers is {list(self.drop_layers)}; give each once")
+
+    @property
+    def is_routed(self) -> bool:
+        return self.num_recursions > 1 and self.router != "fixed"
+
+    @property
+    def is_shared(self) -> bool:
+        """Some layers serve more than one of the parent's."""
+        return self.num_recursions > 1 and self.sharing != "none"
+
+    @property
+    def is_exact(self) -> bool:
+        """The model at full depth is the parent, layers that were left out apart."""
+        return not self.is_shared

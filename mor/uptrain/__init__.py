@@ -1,0 +1,1 @@
+"""Uptraining: an open checkpoint becomes a MoR model, and heals in stages."""
