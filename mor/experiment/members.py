@@ -10,7 +10,7 @@ from typing import Any
 from mor.config import ModelConfig
 from mor.data.loader import PreparedData
 from mor.experiment.config import Budget, Entry, Experiment, kind_of
-from mor.model.cost import count_params, training_flops_per_token
+from mor.model.cost import count_params, steps_for, training_flops
 from mor.train.config import Recipe, recipe_to_dict
 from mor.train.trainer import fit_to_data
 
@@ -60,8 +60,9 @@ class Member:
 
     @property
     def train_flops(self) -> float:
-        train = self.recipe.train
-        return train.budget_tokens * training_flops_per_token(self.recipe.model, train.context)
+        model, train = self.recipe.model, self.recipe.train
+        steps = train.num_steps(model)
+        return training_flops(model, train.context, steps=steps, batch_tokens=train.batch_tokens)
 
     @property
     def tokens_per_param(self) -> float:
@@ -165,7 +166,9 @@ def _member(
     train = recipe.train
     tokens = budget.amount
     if budget.kind == "same_flops":
-        tokens = budget.amount / training_flops_per_token(config, train.context)
+        tokens = train.batch_tokens * steps_for(
+            config, train.context, flops=budget.amount, batch_tokens=train.batch_tokens
+        )
     elif budget.kind == "tokens_per_param":
         tokens = budget.amount * count_params(config).nonembedding
     elif budget.kind == "same_time_s":

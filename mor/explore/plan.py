@@ -21,7 +21,7 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     check_context(model, train)
     own = _costs(model, train)
     twin = {f"twin_{name}": value for name, value in _costs(model.twin(), train).items()}
-    steps = train.num_steps(own["train_flops_per_token"])
+    steps = train.num_steps(model)
     tokens = steps * train.batch_tokens
     return {
         **own,
@@ -31,7 +31,9 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
         "steps": steps,
         "tokens": tokens,
         "tokens_per_parameter": tokens / own["params_nonembedding"],
-        "train_flops": tokens * own["train_flops_per_token"],
+        "train_flops": cost.training_flops(
+            model, train.context, steps=steps, batch_tokens=train.batch_tokens
+        ),
         "element_bytes": ELEMENT_BYTES,
     }
 

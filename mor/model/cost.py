@@ -8,6 +8,10 @@ Formulas: FACTS of arXiv 2507.10524 counted honestly (the paper ignores grouped 
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -180,6 +184,45 @@ def _causal_pairs(count: float) -> float:
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs of forward and backward for one token of a packed row of `length` tokens."""
     return 3 * sequence_flops(config, length) / length
+
+
+def warm_share(share: float, step: int, warmup_steps: int) -> float:
+    """Share of tokens that a recursion takes after `step` steps, falling from 1 to its capacity.
+
+    c + (1 - c) (1 + cos(pi min(1, s / W))) / 2
+    """
+    if not warmup_steps:
+        return share
+    done = min(1.0, step / warmup_steps)
+    return share + (1 - share) * (1 + math.cos(math.pi * done)) / 2
+
+
+@functools.lru_cache(maxsize=64)
+def _warmup_flops(config: ModelConfig, length: int) -> tuple[float, ...]:
+    """FLOPs per token of the first 0, 1, .. W steps together, while capacities warm up."""
+    W, total = config.capacity_warmup_steps, [0.0]
+    for step in range(W):
+        shares = tuple(warm_share(share, step, W) for share in config.capacity)
+        warm = dataclasses.replace(config, capacity=shares, capacity_warmup_steps=0)
+        total.append(total[-1] + training_flops_per_token(warm, length))
+    return tuple(total)
+
+
+def training_flops(config: ModelConfig, length: int, *, steps: int, batch_tokens: int) -> float:
+    """FLOPs of so many optimizer steps, forward and backward, capacity warm-up counted."""
+    warm = _warmup_flops(config, length)
+    after = max(0, steps - config.capacity_warmup_steps)
+    per_token = warm[min(steps, len(warm) - 1)] + after * training_flops_per_token(config, length)
+    return per_token * batch_tokens
+
+
+def steps_for(config: ModelConfig, length: int, *, flops: float, batch_tokens: int) -> float:
+    """Optimizer steps that so many FLOPs pay for; a whole number while capacities warm up."""
+    warm, per_token = _warmup_flops(config, length), flops / batch_tokens
+    if per_token < warm[-1]:
+        return float(bisect.bisect_right(warm, per_token) - 1)
+    rest = per_token - warm[-1]
+    return config.capacity_warmup_steps + rest / training_flops_per_token(config, length)
 
 
 def decode_flops_per_token(

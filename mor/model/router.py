@@ -7,7 +7,6 @@ Shapes: B sequences, N candidate rows, A active rows, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mor.config import ModelConfig
+from mor.model.cost import warm_share
 from mor.model.rows import Rows
 from mor.ops.select import hash_uniform, top_k_count, top_k_mask
 
@@ -69,15 +69,9 @@ class Router(WideModule):
         self.recursion = recursion
 
     def capacity(self, recursion: int) -> float:
-        """Share of tokens that a recursion takes; falls from 1 while capacities warm up.
-
-        c + (1 - c) (1 + cos(pi min(1, s / W))) / 2 after s of W optimizer steps
-        """
-        share = self.config.capacity[max(recursion, 0)]
-        if not self.config.capacity_warmup_steps:
-            return share
-        done = min(1.0, float(self.get_buffer("steps_done")) / self.config.capacity_warmup_steps)
-        return share + (1 - share) * (1 + math.cos(math.pi * done)) / 2
+        """Share of tokens that a recursion takes; falls from 1 while capacities warm up."""
+        share, warmup = self.config.capacity[max(recursion, 0)], self.config.capacity_warmup_steps
+        return warm_share(share, int(self.get_buffer("steps_done")), warmup) if warmup else share
 
     def logits(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Score rows before the sigmoid: what gates them, and what the causal rule asks.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mor.config import ModelConfig, check_choice
+from mor.model.cost import steps_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +123,12 @@ class TrainConfig:
     def micro_batch_rows(self) -> int:
         return (self.micro_batch_tokens or self.batch_tokens) // self.context
 
-    def num_steps(self, flops_per_token: float) -> int:
-        """Optimizer steps that the budget allows, at least one."""
-        tokens = self.budget_tokens or self.budget_flops / flops_per_token
-        return max(1, round(tokens / self.batch_tokens))
+    def num_steps(self, model: ModelConfig) -> int:
+        """Optimizer steps that the budget allows a model, at least one."""
+        if self.budget_tokens:
+            return max(1, round(self.budget_tokens / self.batch_tokens))
+        size = {"flops": self.budget_flops, "batch_tokens": self.batch_tokens}
+        return max(1, round(steps_for(model, self.context, **size)))
 
 
 def _check_number(name: str, value: float, least: float, *, is_open: bool = False) -> None:

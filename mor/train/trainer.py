@@ -24,7 +24,7 @@ from mor.config import ModelConfig
 from mor.data.loader import Batch, PreparedData, TrainLoader, sequential_batches
 from mor.files import claim_folder, read_json, remove_leftovers, sha256_file, write_json
 from mor.log import logger, progress
-from mor.model.cost import count_params, training_flops_per_token
+from mor.model.cost import count_params, training_flops, training_flops_per_token
 from mor.model.mor import MoR
 from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
@@ -120,7 +120,7 @@ def train(
         parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
     optimizer = build_optimizer(model, config)
     flops_per_token = training_flops_per_token(recipe.model, config.context)
-    num_steps = config.num_steps(flops_per_token)
+    num_steps = config.num_steps(recipe.model)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0}
     if resume:
@@ -160,7 +160,7 @@ def train(
                         "seconds": now_s - start_s,
                     }
                     tokens = done * config.batch_tokens
-                    counts = {"tokens": tokens, "train_flops": tokens * flops_per_token, "lr": rate}
+                    counts = {"tokens": tokens, "train_flops": flops_of(recipe, done), "lr": rate}
                     metrics.write(done, {**counts, **losses, **speed, **meter.read()})
                     meter.reset()
                     log_s, log_step = now_s, done
@@ -186,7 +186,7 @@ def train(
             checkpoints.close()
             metrics.close()
     state["peak_bytes"] = peak_memory_bytes(device)  # of training, before the last evaluation
-    return _finish(model, recipe, data, out, heldout, state, num_steps, flops_per_token, dtype)
+    return _finish(model, recipe, data, out, heldout, state, num_steps, dtype)
 
 
 def new_model(recipe: Recipe, device: torch.device) -> MoR:
@@ -290,7 +290,6 @@ def _finish(
     heldout: list[Batch],
     state: dict[str, Any],
     num_steps: int,
-    flops_per_token: float,
     dtype: torch.dtype,
 ) -> TrainSummary:
     """Set the thresholds, measure the validation text, write the model folder and the summary."""
@@ -305,7 +304,7 @@ def _finish(
         model=str(out / "model"),
         steps=num_steps,
         tokens=tokens,
-        train_flops=tokens * flops_per_token,
+        train_flops=flops_of(recipe, num_steps),
         train_seconds=state["seconds"],
         peak_bytes=state["peak_bytes"],
         val_loss=result.loss,
@@ -324,6 +323,13 @@ def _finish(
     )
     write_json(out / "summary.json", summary._asdict())
     return summary
+
+
+def flops_of(recipe: Recipe, steps: int) -> float:
+    """FLOPs of so many steps of a recipe."""
+    train = recipe.train
+    sizes = {"steps": steps, "batch_tokens": train.batch_tokens}
+    return training_flops(recipe.model, train.context, **sizes)
 
 
 def held_batches(data: PreparedData, split: str, recipe: Recipe) -> list[Batch]:

@@ -11,6 +11,8 @@ import pytest
 import tyro
 
 from mor.commands import Plan
+from mor.config import ModelConfig
+from mor.model.cost import training_flops, training_flops_per_token
 from mor.train.config import (
     TrainConfig,
     load_recipe,
@@ -19,6 +21,8 @@ from mor.train.config import (
     recipe_to_dict,
 )
 
+MODEL = ModelConfig()
+STEP = training_flops_per_token(MODEL, 512)
 RECIPE = """
 [model]
 num_hidden_layers = 8
@@ -69,15 +73,35 @@ def test_what_a_run_remembers_reads_back(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "flops_per_token", "steps"),
+    ("fields", "steps"),
     [
-        ({"budget_tokens": 10_000, "batch_tokens": 1024, "context": 512}, 5.0, 10),
-        ({"budget_flops": 51_200, "batch_tokens": 1024, "context": 512}, 5.0, 10),
-        ({"budget_tokens": 1, "batch_tokens": 1024, "context": 512}, 5.0, 1),
+        ({"budget_tokens": 10_000, "batch_tokens": 1024, "context": 512}, 10),
+        ({"budget_flops": 10.2 * 1024 * STEP, "batch_tokens": 1024, "context": 512}, 10),
+        ({"budget_tokens": 1, "batch_tokens": 1024, "context": 512}, 1),
+        ({"budget_flops": 1, "batch_tokens": 1024, "context": 512}, 1),
     ],
 )
-def test_a_budget_becomes_steps(fields: Any, flops_per_token: float, steps: int) -> None:
-    assert TrainConfig(**fields).num_steps(flops_per_token) == steps
+def test_a_budget_becomes_steps(fields: Any, steps: int) -> None:
+    assert TrainConfig(**fields).num_steps(MODEL) == steps
+
+
+def test_steps_in_which_capacities_warm_up_cost_more() -> None:
+    routed: dict[str, Any] = {
+        "num_hidden_layers": 32,
+        "num_recursions": 3,
+        "router": "expert_choice",
+    }
+    plain = ModelConfig(**routed)
+    warm = dataclasses.replace(plain, capacity_warmup_steps=40)
+    sizes = {"steps": 100, "batch_tokens": 1024}
+    flops, whole = training_flops(plain, 512, **sizes), training_flops(warm, 512, **sizes)
+    full = training_flops_per_token(dataclasses.replace(plain, capacity=(1.0, 1.0, 1.0)), 512)
+    half = 40 * 1024 * (full - training_flops_per_token(plain, 512)) / 2
+    assert whole - flops == pytest.approx(half, rel=0.1)  # a cosine spends half of the way up
+    for steps in (7, 40, 41, 100):
+        spent = training_flops(warm, 512, steps=steps, batch_tokens=1024)
+        budget = {"budget_flops": 1.0001 * spent, "batch_tokens": 1024, "context": 512}
+        assert TrainConfig(**budget).num_steps(warm) == steps
 
 
 @pytest.mark.parametrize(
