@@ -180,12 +180,12 @@ class Chat:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Measure loss and bits per byte of a model folder under causal routing."""
+    """Measure a model folder under causal routing: loss, bits per byte, few-shot tasks."""
 
     model: ModelFolder
     """model folder"""
-    data: Path
-    """folder that `mor prepare` wrote, with the model's tokenizer"""
+    data: Path | None = None
+    """folder that `mor prepare` wrote, with the model's tokenizer: loss and bits per byte"""
     split: Literal["val", "heldout", "train"] = "val"
     """which part of it"""
     limit_tokens: int = 0
@@ -194,6 +194,20 @@ class Eval:
     """tokens of a row; 0 for what the model allows, at most 2048"""
     also_top_k: bool = False
     """measure once more with top-k routing, which peeks at the future; only shown beside"""
+    tasks: str = ""
+    """few-shot tasks with commas between, such as piqa,arc_easy; docs/evaluation.md lists them"""
+    data_dir: Path | None = None
+    """folder of the tasks' files, a folder for each"""
+    limit: int = 0
+    """items of each task, 0 for all"""
+    num_fewshot: int = 0
+    """examples before a question of mmlu"""
+    max_recursions: int = 0
+    """recursions that a token may take in tasks, 0 for all"""
+    answers: Path | None = None
+    """folder where answers are kept, so that a killed run goes on"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """type of the products in tasks"""
     device: str = "auto"
     """cpu, cuda or auto"""
     json: bool = False
@@ -359,17 +373,36 @@ def _engine(model: Path, sampling: Sampling) -> Engine:
 
 
 def run_eval(args: Eval) -> dict[str, Any]:
-    from mor.evals.loss import evaluate_folder
+    if args.data is None and not args.tasks:
+        raise ValueError("nothing to measure; give --data, or --tasks and --data-dir")
+    result: dict[str, Any] = {}
+    if args.data is not None:
+        from mor.evals.loss import evaluate_folder
 
-    return evaluate_folder(
-        args.model,
-        args.data,
-        split=args.split,
-        limit_tokens=args.limit_tokens,
-        context=args.context,
-        also_top_k=args.also_top_k,
-        device=args.device,
-    )
+        result = evaluate_folder(
+            args.model,
+            args.data,
+            split=args.split,
+            limit_tokens=args.limit_tokens,
+            context=args.context,
+            also_top_k=args.also_top_k,
+            device=args.device,
+        )
+    if args.tasks:
+        from mor.evals.tasks import evaluate_tasks
+
+        result["tasks"] = evaluate_tasks(
+            args.model,
+            args.tasks,
+            args.data_dir,
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+            cache=args.answers,
+            device=args.device,
+            dtype=args.dtype,
+            max_recursions=args.max_recursions,
+        )
+    return result
 
 
 def run_plan(args: Plan) -> dict[str, Any]:
