@@ -204,6 +204,12 @@ class Eval:
     """examples before a question of mmlu"""
     max_recursions: int = 0
     """recursions that a token may take in tasks, 0 for all"""
+    against: Path | None = None
+    """folder of the parent: measure the model, its fixed depths and --beside next to it"""
+    beside: tuple[str, ...] = ()
+    """LABEL=FOLDER of models that had the same budget, for --against"""
+    out: Path | None = None
+    """HTML file for the report of --against"""
     answers: Path | None = None
     """folder where answers are kept, so that a killed run goes on"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -375,6 +381,23 @@ def _engine(model: Path, sampling: Sampling) -> Engine:
 def run_eval(args: Eval) -> dict[str, Any]:
     if args.data is None and not args.tasks:
         raise ValueError("nothing to measure; give --data, or --tasks and --data-dir")
+    if args.against is not None:
+        from mor.evals.against import compare, folders_of
+
+        return compare(
+            args.model,
+            args.against,
+            beside=folders_of(args.beside),
+            data_folder=args.data,
+            tasks=[name.strip() for name in args.tasks.split(",") if name.strip()],
+            data_dir=args.data_dir,
+            out=args.out,
+            limit=args.limit,
+            limit_tokens=args.limit_tokens,
+            cache=args.answers,
+            device=args.device,
+            dtype=args.dtype,
+        )
     result: dict[str, Any] = {}
     if args.data is not None:
         from mor.evals.loss import evaluate_folder

@@ -9,11 +9,13 @@ from typing import Any
 from mor.checkpoint import load_model
 from mor.data.loader import PreparedData, sequential_batches
 from mor.log import logger, progress
+from mor.model.mor import MoR
 from mor.model.router import Rule
 from mor.ops.device import pick_device
 from mor.train.heldout import HeldoutResult, measure_loss
 
 BATCH_TOKENS = 8192
+MOST_CONTEXT = 2048
 
 
 def evaluate_folder(
@@ -44,29 +46,14 @@ def evaluate_folder(
             f"{data_folder} has token ids beyond the model's vocabulary of "
             f"{model.config.vocab_size} entries; prepare the text with the model's tokenizer"
         )
-    _check_tokenizer(folder, data, model.config.eos_token_id)
-    context = context or min(most, 2048)
+    check_tokenizer(folder, data, model.config.eos_token_id)
+    context = context or min(most, MOST_CONTEXT)
     tokens = data.split(split)
 
     def measure(rule: Rule) -> HeldoutResult:
-        rows = max(1, tokens.rows(context))
-        if limit_tokens:
-            rows = min(rows, max(1, limit_tokens // context))
-        batches = sequential_batches(
-            tokens,
-            row_tokens=context,
-            batch_rows=max(1, BATCH_TOKENS // context),
-            eos_token_id=data.manifest.eos_token_id,
-            limit_rows=rows,
+        return measure_split(
+            model, data, split, limit_tokens=limit_tokens, context=context, rule=rule
         )
-        with progress(f"eval {split} ({rule})", rows) as bar:
-
-            def counted() -> Any:
-                for batch in batches:
-                    yield batch
-                    bar.advance(len(batch.input_ids_BT))
-
-            return measure_loss(model, counted(), rule=rule)
 
     result = measure("causal")
     tokens_per_byte = tokens.tokens / tokens.bytes
@@ -102,7 +89,40 @@ def evaluate_folder(
     return report
 
 
-def _check_tokenizer(folder: Path, data: PreparedData, eos_token_id: int | None) -> None:
+def measure_split(
+    model: MoR,
+    data: PreparedData,
+    split: str,
+    *,
+    limit_tokens: int = 0,
+    context: int = 0,
+    rule: Rule = "causal",
+) -> HeldoutResult:
+    """Measure a model on a split, or on so many tokens spread evenly over it."""
+    context = context or min(model.config.max_position_embeddings, MOST_CONTEXT)
+    tokens = data.split(split)
+    rows = max(1, tokens.rows(context))
+    if limit_tokens:
+        rows = min(rows, max(1, limit_tokens // context))
+    batches = sequential_batches(
+        tokens,
+        row_tokens=context,
+        batch_rows=max(1, BATCH_TOKENS // context),
+        eos_token_id=data.manifest.eos_token_id,
+        limit_rows=rows,
+    )
+    with progress(f"eval {split} ({rule})", rows) as bar:
+
+        def counted() -> Any:
+            for batch in batches:
+                yield batch
+                bar.advance(len(batch.input_ids_BT))
+
+        return measure_loss(model, counted(), rule=rule)
+
+
+def check_tokenizer(folder: Path, data: PreparedData, eos_token_id: int | None) -> None:
+    """Raise ValueError where a text was prepared with another tokenizer than a model has."""
     from mor.tokenizer import Tokenizer
 
     if not (folder / "tokenizer.json").is_file():

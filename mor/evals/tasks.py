@@ -70,14 +70,7 @@ def run_tasks(
     max_recursions  recursions that a token may take at most; 0 for all
     Raises          ValueError for a task, file or model that does not fit
     """
-    items = {
-        task: load_items(
-            task, data_dir, limit=limit, num_fewshot=num_fewshot if task == "mmlu" else 0
-        )
-        for task in tasks
-    }
-    if num_fewshot and "mmlu" not in tasks:
-        raise ValueError(f"num_fewshot is {num_fewshot}; only mmlu has examples to show")
+    items = _items(tasks, data_dir, limit=limit, num_fewshot=num_fewshot)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     model, tokenizer = load_model(folder, device=where), Tokenizer.load(folder)
@@ -86,9 +79,45 @@ def run_tasks(
     if max_recursions:
         limit_depth(model, max_recursions)
     key = f"{sha256_file(folder / WEIGHTS)}-{kind}-{max_recursions}"
+    subject = Subject(model, tokenizer, key, kind)
+    return {task: _answer(subject, task, some, cache) for task, some in items.items()}
+
+
+class Subject(NamedTuple):
+    """A model that answers."""
+
+    model: MoR
+    tokenizer: Tokenizer
+    key: str
+    """tells its answers from those of others"""
+    dtype: torch.dtype
+
+
+def answer_tasks(
+    subject: Subject,
+    tasks: Sequence[str],
+    data_dir: Path | None,
+    *,
+    limit: int = 0,
+    cache: Path | None = None,
+) -> dict[str, list[Judged]]:
+    """Answer tasks with a model that is loaded; see `run_tasks`."""
+    if tasks and data_dir is None:
+        raise ValueError("--data-dir is missing; give the folder of the tasks' files")
+    items = _items(tasks, data_dir, limit=limit) if data_dir is not None else {}
+    return {task: _answer(subject, task, some, cache) for task, some in items.items()}
+
+
+def _items(
+    tasks: Sequence[str], data_dir: Path, *, limit: int, num_fewshot: int = 0
+) -> dict[str, list[Item]]:
+    if num_fewshot and "mmlu" not in tasks:
+        raise ValueError(f"num_fewshot is {num_fewshot}; only mmlu has examples to show")
     return {
-        task: _answer(model, tokenizer, task, some, cache, key, kind)
-        for task, some in items.items()
+        task: load_items(
+            task, data_dir, limit=limit, num_fewshot=num_fewshot if task == "mmlu" else 0
+        )
+        for task in tasks
     }
 
 
@@ -124,22 +153,15 @@ def limit_depth(model: MoR, most: int) -> None:
         model.model.router(r).threshold.fill_(2.0)  # above every score
 
 
-def _answer(
-    model: MoR,
-    tokenizer: Tokenizer,
-    task: str,
-    items: list[Item],
-    cache: Path | None,
-    key: str,
-    dtype: torch.dtype,
-) -> list[Judged]:
-    kept = _Kept(cache / f"{task}.jsonl" if cache else None, key)
+def _answer(subject: Subject, task: str, items: list[Item], cache: Path | None) -> list[Judged]:
+    kept = _Kept(cache / f"{task}.jsonl" if cache else None, subject.key)
     answers = {place: kept.get(item) for place, item in enumerate(items)}
     missing = [place for place, answer in answers.items() if answer is None]
     with progress(task, len(items)) as bar, kept:
         bar.advance(len(items) - len(missing))
         todo = [items[place] for place in missing]
-        for index, answer in score_items(model, tokenizer, todo, dtype=dtype):
+        scored = score_items(subject.model, subject.tokenizer, todo, dtype=subject.dtype)
+        for index, answer in scored:
             answers[missing[index]] = answer
             kept.add(todo[index], answer)
             bar.advance()

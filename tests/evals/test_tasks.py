@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support_evals import LINES
 
 from mor.checkpoint import load_model
 from mor.cli import main
@@ -21,57 +22,6 @@ from mor.evals.score import Answer, encode_pair, score_items
 from mor.evals.tasks import judge, limit_depth, retention, run_tasks, summary
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
-
-WORDS = ["the", "a", "cat", "dog", "sees", "likes", "finds", "red", "blue", "old", "house", "river"]
-LINES: dict[str, list[dict[str, Any]]] = {
-    "piqa": [
-        {
-            "id": i,
-            "context": f"Question: {w}\nAnswer:",
-            "choices": ["a cat", "the dog sees"],
-            "gold": 1,
-        }
-        for i, w in enumerate(WORDS)
-    ],
-    "arc_easy": [
-        {
-            "id": i,
-            "context": f"Question: {w} cat",
-            "choices": ["red", "old house", "x", "y"],
-            "gold": 0,
-        }
-        for i, w in enumerate(WORDS)
-    ],
-    "winogrande": [
-        {"id": i, "context_options": [f"{w} the", f"a {w}"], "continuation": "cat sees", "gold": 0}
-        for i, w in enumerate(WORDS)
-    ],
-    "lambada_openai": [
-        {"id": i, "context": f"the {w} likes the", "continuation": "cat"}
-        for i, w in enumerate(WORDS)
-    ],
-    "mmlu": [
-        {
-            "id": i,
-            "subject": "old_things",
-            "question": f"What is {w}? ",
-            "choices": ["cat", "dog", "red", "blue"],
-            "gold": i % 4,
-        }
-        for i, w in enumerate(WORDS)
-    ],
-}
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "eval"
-    for task, lines in LINES.items():
-        (folder / task).mkdir(parents=True)
-        text = "\n".join(map(json.dumps, lines))
-        (folder / task / TASKS[task].file).write_text(text)
-    (folder / "mmlu" / "dev.jsonl").write_text("\n".join(map(json.dumps, LINES["mmlu"][:3])))
-    return folder
 
 
 @pytest.fixture
