@@ -111,6 +111,10 @@ class ModelConfig:
     """the addition counts lora_alpha / lora_rank; 0 for twice the rank"""
     lora_targets: tuple[Projection, ...] = ("q_proj", "v_proj")
     """projections that have such an addition"""
+    attention_bias: bool = False
+    """queries, keys and values have biases, as in Qwen2; for converted models"""
+    qk_norm: bool = False
+    """queries and keys are normed head by head, as in Qwen3; for converted models"""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # frozen: resolve the defaults once, here
@@ -449,7 +453,7 @@ class ModelConfig:
         names = [f.name for f in dataclasses.fields(cls)]
         for key in rest:
             check_choice(f"{where}: key", key, names)
-        missing = [name for name in names if name not in rest]
+        missing = [name for name in names if name not in rest and name not in _LATER]
         if missing:
             raise ValueError(f"{where}: {missing[0]} is missing; the file is not whole")
         return _build(rest, where)
@@ -479,6 +483,8 @@ def _build(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 _TUPLES = ("capacity", "lora_targets")
+_LATER = ("attention_bias", "qk_norm")
+"""fields that older model folders do not have"""
 _NOT_FIELDS = ("model_type", "format_version", "architectures", "dtype", "transformers_version")
 
 

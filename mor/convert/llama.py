@@ -82,6 +82,8 @@ def check_is_llama(model: MoR, folder: Path) -> None:
     reasons = []
     if config.recursion_encoding:
         reasons.append("it has recursion encodings")
+    if config.attention_bias or config.qk_norm:
+        reasons.append("it has attention_bias or qk_norm, which Llama has not")
     if config.kv_strategy != "per_recursion":
         reasons.append(f"kv_strategy is {config.kv_strategy}")
     if config.has_router:

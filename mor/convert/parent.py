@@ -6,6 +6,7 @@ transformers' Llama names; only safetensors and GGUF are read.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -146,10 +147,13 @@ def vanilla_config(data: dict[str, Any], where: str) -> ModelConfig:
                 f"{where}: num_recursions is {config.num_recursions}; a parent is a vanilla model"
             )
         return config
-    if kind not in ("llama", "mistral"):
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
         raise ValueError(
-            f"{where}: model_type is {kind!r}; mor converts llama (SmolLM among them) and mistral"
+            f"{where}: model_type is {kind!r}; mor converts llama (SmolLM among them), mistral, "
+            "qwen2 and qwen3"
         )
+    if kind in ("qwen2", "qwen3"):
+        return _qwen_config(data, where, is_third=kind == "qwen3")
     window, longest = data.get("sliding_window"), data.get("max_position_embeddings", 2048)
     if kind == "mistral" and window is not None:
         if window < longest:
@@ -161,6 +165,20 @@ def vanilla_config(data: dict[str, Any], where: str) -> ModelConfig:
             )
         data = {**data, "max_position_embeddings": min(window, longest)}
     return ModelConfig.from_dict({**data, "model_type": "llama"}, where=where)
+
+
+def _qwen_config(data: dict[str, Any], where: str, *, is_third: bool) -> ModelConfig:
+    """Read a config of Qwen2 (biases of queries, keys and values) or Qwen3 (normed heads)."""
+    if data.get("use_sliding_window"):
+        raise ValueError(f"{where}: use_sliding_window is true; only full attention is converted")
+    if any(kind != "full_attention" for kind in data.get("layer_types") or []):
+        raise ValueError(f"{where}: layer_types holds other than full_attention")
+    has_bias = data.get("attention_bias", False) if is_third else True
+    if is_third and has_bias:
+        raise ValueError(f"{where}: attention_bias is true; only False is supported in qwen3")
+    plain = {k: v for k, v in data.items() if k not in ("attention_bias", "sliding_window")}
+    config = ModelConfig.from_dict({**plain, "model_type": "llama"}, where=where)
+    return dataclasses.replace(config, attention_bias=has_bias, qk_norm=is_third)
 
 
 def _shards(folder: Path) -> dict[str, str]:

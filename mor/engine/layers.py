@@ -145,18 +145,18 @@ class TorchGroups:
     def _layer(
         self, layer: Layer, x_ND: Tensor, rotary: Rotary, kv: Tensor, rows: LayerRows, full: int
     ) -> Tensor:
-        attention, heads = layer.self_attn, (-1, self.config.head_dim)
+        attention = layer.self_attn
         normed_ND = _norm(layer.input_layernorm, x_ND, rows)
         made = rows.num_kv_rows
         if made:
             turn = Rotary(rotary.cos_N1K[:made], rotary.sin_N1K[:made])
-            k_NGK = _project(attention.k_proj, normed_ND[:made], rows).unflatten(-1, heads)
-            v_NGK = _project(attention.v_proj, normed_ND[:made], rows).unflatten(-1, heads)
-            self._store(rotate(k_NGK, turn), v_NGK, kv, rows)
+            k_NX = _project(attention.k_proj, normed_ND[:made], rows)
+            v_NGK = attention.split(_project(attention.v_proj, normed_ND[:made], rows))
+            k_NGK = rotate(attention.split(k_NX, attention.k_norm), turn)
+            self._store(k_NGK, v_NGK, kv, rows)
         turn = Rotary(rotary.cos_N1K[:full], rotary.sin_N1K[:full])
-        q_NHK = rotate(
-            _project(attention.q_proj, normed_ND[:full], rows).unflatten(-1, heads), turn
-        )
+        q_NX = _project(attention.q_proj, normed_ND[:full], rows)
+        q_NHK = rotate(attention.split(q_NX, attention.q_norm), turn)
         attended_NHK = self._attend(q_NHK, kv, rows)
         x_ND = x_ND[:full] + _project(attention.o_proj, attended_NHK.flatten(-2), rows)
         normed_ND = _norm(layer.post_attention_layernorm, x_ND, rows)
@@ -198,6 +198,6 @@ def _norm(norm: RMSNorm, x_ND: Tensor, rows: LayerRows) -> Tensor:
 def _project(projection: Projection, x_ND: Tensor, rows: LayerRows) -> Tensor:
     """Apply the base weight to all rows, each recursion's addition to its own."""
     if projection.recursion_A is None:
-        return F.linear(x_ND, projection.weight)
+        return F.linear(x_ND, projection.weight, projection.bias)
     parts = [projection(x_ND[part], recursion) for recursion, part in rows.slices(len(x_ND))]
     return torch.cat(parts)

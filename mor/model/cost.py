@@ -31,6 +31,9 @@ def layer_params(config: ModelConfig) -> int:
     """Weights of one layer, norms included."""
     d, k = config.hidden_size, config.head_dim
     attention = 2 * d * k * (config.num_attention_heads + config.num_key_value_heads)
+    if config.attention_bias:
+        attention += k * (config.num_attention_heads + 2 * config.num_key_value_heads)
+    attention += 2 * k if config.qk_norm else 0
     return attention + 3 * d * config.intermediate_size + 2 * d
 
 

@@ -69,10 +69,10 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Linear):
-    """Linear map without bias, plus a low-rank addition of each recursion's own.
+    """Linear map, plus a low-rank addition of each recursion's own.
 
-    x W^T + alpha / rank x A_r^T B_r^T; B starts at zero. Source: LoRA, arXiv 2106.09685, one per
-    recursion as in Relaxed Recursive Transformers, arXiv 2410.20672.
+    x W^T + b (where there is one) + alpha / rank x A_r^T B_r^T; B starts at zero. Source: LoRA,
+    arXiv 2106.09685, one per recursion as in Relaxed Recursive Transformers, arXiv 2410.20672.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rank: int = 0, recursions: int = 0) -> None:
@@ -82,7 +82,7 @@ class Projection(nn.Linear):
         self.scale = 0.0
 
     def forward(self, x_ND: Tensor, recursion: int = 0) -> Tensor:  # pyrefly: ignore
-        y = F.linear(x_ND, self.weight)
+        y = F.linear(x_ND, self.weight, self.bias)
         if self.recursion_A is None or self.recursion_B is None:
             return y
         low = F.linear(x_ND, self.recursion_A[recursion])
@@ -102,17 +102,27 @@ class Attention(nn.Module):
         self.k_proj = make("k_proj", d, kv_size)
         self.v_proj = make("v_proj", d, kv_size)
         self.o_proj = make("o_proj", q_size, d)
+        if config.attention_bias:
+            for projection in (self.q_proj, self.k_proj, self.v_proj):
+                projection.bias = nn.Parameter(torch.zeros(projection.out_features))
+        make_norm = functools.partial(RMSNorm, config.head_dim, config.rms_norm_eps)
+        self.q_norm = make_norm() if config.qk_norm else None
+        self.k_norm = make_norm() if config.qk_norm else None
+
+    def split(self, flat_NX: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Lay heads apart, each normed where the model has that norm."""
+        head_NHK = flat_NX.unflatten(-1, (-1, self.head_dim))
+        return head_NHK if norm is None else norm(head_NHK)
 
     def project(
         self, x_ND: Tensor, rotary: Rotary, recursion: int, *, takes_keys: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return queries and, where they are to be made, keys and values, with their angles."""
-        heads = (-1, self.head_dim)
-        q_NHK = rotate(self.q_proj(x_ND, recursion).unflatten(-1, heads), rotary)
+        q_NHK = rotate(self.split(self.q_proj(x_ND, recursion), self.q_norm), rotary)
         if not takes_keys:
             return q_NHK, None, None
-        k_NGK = rotate(self.k_proj(x_ND, recursion).unflatten(-1, heads), rotary)
-        return q_NHK, k_NGK, self.v_proj(x_ND, recursion).unflatten(-1, heads)
+        k_NGK = rotate(self.split(self.k_proj(x_ND, recursion), self.k_norm), rotary)
+        return q_NHK, k_NGK, self.split(self.v_proj(x_ND, recursion))
 
 
 class MLP(nn.Module):

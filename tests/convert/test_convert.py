@@ -20,8 +20,9 @@ from mor.convert import parent as parents
 from mor.convert.check import unrolled
 from mor.convert.config import ConvertConfig
 from mor.convert.convert import convert
-from mor.convert.llama import llama_config
+from mor.convert.llama import llama_config, to_llama
 from mor.convert.share import sources
+from mor.engine.config import EngineConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.model.mor import MoR
@@ -100,6 +101,51 @@ def test_the_parent_is_what_transformers_reads(parent: Path, tmp_path: Path):
     with torch.no_grad():
         theirs = llama(IDS).logits
     torch.testing.assert_close(logits(tmp_path / "out"), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_converts_exactly_and_the_engine_knows_it(
+    family: str, tmp_path: Path, tiny_data: Path
+):
+    transformers = pytest.importorskip("transformers")
+    name = family.capitalize()
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{name}Config")(
+        **{k: v for k, v in SHAPE.items() if k != "rope_theta"},
+        **({"head_dim": 16} if family == "qwen3" else {}),
+        tie_word_embeddings=True,
+    )
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            if weight.dim() == 1:
+                weight.uniform_(0.5, 1.5)  # norms and biases that show
+    folder = tmp_path / family
+    theirs.save_pretrained(folder)
+    Tokenizer.load(tiny_data).save(folder)
+    result = go(folder, tmp_path / "out", sharing="none", num_recursions=2)
+    assert result["is_exact"]
+    with torch.no_grad():
+        wanted = theirs(IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "out"), wanted, atol=1e-4, rtol=1e-4)
+    model = load_model(tmp_path / "out")
+    assert (model.config.attention_bias, model.config.qk_norm) == (
+        family == "qwen2",
+        family == "qwen3",
+    )
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    drawn = Engine(model).generate([IDS[0].tolist()], params)[0].outputs[0].token_ids
+    ids = IDS[0].tolist()
+    for token in drawn:
+        with torch.no_grad():
+            assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+    with pytest.raises(ValueError, match="which Llama has not"):
+        to_llama(tmp_path / "out", tmp_path / "llama")
+    shared = go(folder, tmp_path / "shared", init="svd", lora_rank=4, relax_norms=True)
+    assert not shared["is_exact"]
+    with pytest.raises(ValueError, match="backend native does not know attention_bias"):
+        Engine(model, EngineConfig(backend="native"))
 
 
 def test_the_engine_draws_what_the_parent_draws(parent: Path, tmp_path: Path):
@@ -236,8 +282,6 @@ def test_a_model_that_routes_is_no_llama(
     with torch.no_grad():
         change(model)
     save_model(model, tmp_path / "trained")
-    from mor.convert.llama import to_llama
-
     with pytest.raises(ValueError, match=f"{said}.*--distill-gates"):
         to_llama(tmp_path / "trained", tmp_path / "llama")
     assert not (tmp_path / "llama").exists()
