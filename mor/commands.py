@@ -24,6 +24,7 @@ from mor.engine.config import Backend
 from mor.engine.params import SamplingParams
 from mor.experiment.config import ExperimentConfig
 from mor.log import logger
+from mor.serve.config import ServeConfig
 from mor.train.config import Recipe, TrainConfig
 from mor.uptrain.config import UptrainConfig
 
@@ -100,6 +101,17 @@ class Uptrain:
     parent: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PARENT")]
     """what mor convert takes, such as smollm2-135m-instruct"""
     config: tyro.conf.OmitArgPrefixes[UptrainConfig]
+    json: bool = False
+    """print one JSON object as the last line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model folder behind OpenAI's API, with depth as a field and a page to try it."""
+
+    model: ModelFolder
+    """model folder"""
+    config: tyro.conf.OmitArgPrefixes[ServeConfig]
     json: bool = False
     """print one JSON object as the last line"""
 
@@ -324,6 +336,12 @@ def run_uptrain(args: Uptrain) -> dict[str, Any]:
     return uptrain(args.parent, args.config)
 
 
+def run_serve(args: Serve) -> dict[str, Any]:
+    from mor.serve.run import serve
+
+    return serve(args.model, args.config)
+
+
 def run_generate(args: Generate) -> dict[str, Any]:
     from mor.write import write_text
 
@@ -502,6 +520,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "train": (Train, run_train),
     "convert": (Convert, run_convert),
     "uptrain": (Uptrain, run_uptrain),
+    "serve": (Serve, run_serve),
     "generate": (Generate, run_generate),
     "chat": (Chat, run_chat),
     "eval": (Eval, run_eval),

@@ -61,7 +61,7 @@ def test_the_commands_for_an_own_model_run(tmp_path, monkeypatch, capsys):
     names = ["prepare", "plan", "train", "eval", "generate", "chat"]
     later = [command[0] for command in commands[len(names) :]]
     assert [command[0] for command in commands[: len(names)]] == names
-    assert later == ["uptrain", "chat"]  # of a parent that is not here
+    assert later == ["uptrain", "chat", "serve"]  # of a parent that is not here
     for command in commands[: len(names)]:
         assert command[0] in COMMANDS
         assert main([*command, *shlex.split(shorter.get(command[0], ""))]) == 0, command

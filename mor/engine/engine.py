@@ -260,6 +260,7 @@ class Engine:
             request.num_tokens += 1
             if place in logprobs:
                 request.logprobs.append(logprobs[place])
+                piece.logprobs.append(logprobs[place])
             text = request.stops.push(token)
             piece.token_ids.append(token)
             if text:

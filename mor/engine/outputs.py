@@ -28,6 +28,10 @@ class StepOutput:
     """stop, length, abort or error, when the answer is done"""
     stop_reason: int | str | None = None
     error: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """of the tokens, where they were asked for"""
+    result: RequestOutput | None = None
+    """the whole, with the last piece of a request of `AsyncEngine`"""
 
 
 @dataclass(slots=True)

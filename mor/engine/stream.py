@@ -85,6 +85,11 @@ class AsyncEngine:
         finally:
             self._order(lambda: self._forget(name))
 
+    @property
+    def num_open(self) -> int:
+        """Requests that somebody waits for."""
+        return len(self._readers)
+
     async def abort(self, request_id: str) -> None:
         """End a request; its reader gets a last piece with the reason `abort`."""
         self._order(lambda: self._abort(request_id))
@@ -127,6 +132,8 @@ class AsyncEngine:
         for piece in pieces:
             reader = self._readers.get(piece.request_id)
             if reader is not None:
+                if piece.finish_reason is not None and self._engine.is_done(piece.request_id):
+                    piece.result = self._engine.result(piece.request_id)
                 by_loop.setdefault(reader.loop, []).append((reader, piece))
         for loop, handed in by_loop.items():
             _call(loop, _put_all, handed)

@@ -1,0 +1,378 @@
+"""From a request's body to the engine and back: whole answers and streams of events.
+
+Errors are raised as `ApiError`; `app.py` gives them OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from mor.chat_template import ChatTemplate
+from mor.engine.outputs import CompletionOutput, RequestOutput, StepOutput
+from mor.engine.params import SamplingParams
+from mor.engine.stream import AsyncEngine, EngineFault
+from mor.serve.config import ServeConfig
+from mor.serve.metrics import Metrics
+from mor.serve.protocol import (
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    chat_logprobs,
+    completion_logprobs,
+    head_of,
+    usage_of,
+)
+from mor.tokenizer import Tokenizer
+
+
+class ApiError(Exception):
+    """An error with a status and OpenAI's words for it."""
+
+    def __init__(
+        self, status: int, message: str, *, kind: str = "invalid_request_error", code: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.code = status, message, kind, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": None,
+                "code": self.code or None,
+            }
+        }
+
+
+class Service:
+    """The engine and what a served model needs beside it."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        config: ServeConfig,
+        metrics: Metrics,
+        *,
+        trained_depth: float,
+        full_depth: int,
+        bos_token_id: int | None,
+        max_model_len: int,
+    ) -> None:
+        self.engine, self.tokenizer, self.template = engine, tokenizer, template
+        self.config, self.metrics = config, metrics
+        self.trained_depth, self.full_depth = trained_depth, full_depth
+        self.bos_token_id, self.max_model_len = bos_token_id, max_model_len
+
+    def token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.config.served_model_name:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist; this server has "
+                f"{self.config.served_model_name!r}",
+                code="model_not_found",
+            )
+
+    def check_room(self, count: int) -> None:
+        """Refuse what neither runs nor waits within bounds."""
+        if self.engine.num_open + count > self.config.max_num_seqs + self.config.max_queue:
+            self.metrics.refused.inc()
+            said = "the queue is full; try again later"
+            raise ApiError(429, said, kind="rate_limit_error", code="queue_full")
+
+    def prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        """Return a prompt's ids; a text begins with the first token, as in `mor generate`."""
+        if not isinstance(prompt, str):
+            return prompt
+        first = [] if self.bos_token_id is None else [self.bos_token_id]
+        return [*first, *self.tokenizer.encode(prompt)]
+
+    def params(self, body: Common, **more: Any) -> SamplingParams:
+        try:
+            return body.params(self.trained_depth, self.full_depth, **more)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+
+    async def pieces(
+        self, ids: list[int], params: SamplingParams, request_id: str
+    ) -> AsyncIterator[StepOutput]:
+        """Yield a request's pieces within its deadline, and count what came of it."""
+        self.metrics.begin(request_id)
+        try:
+            async with (
+                asyncio.timeout(self.config.request_timeout_s),
+                aclosing(self.engine.generate(ids, params, request_id=request_id)) as stream,
+            ):
+                async for piece in stream:
+                    self.metrics.piece(request_id, piece)
+                    if piece.error is not None:
+                        raise ApiError(500, piece.error, kind="server_error", code="engine_error")
+                    yield piece
+        except ValueError as error:
+            self.metrics.end(request_id, "refused")
+            raise ApiError(400, str(error)) from error
+        except EngineFault as error:
+            self.metrics.end(request_id, "failed")
+            raise ApiError(500, str(error), kind="server_error", code="engine_fault") from error
+        except TimeoutError as error:
+            self.metrics.end(request_id, "timeout")
+            raise ApiError(
+                504,
+                f"the request took longer than {self.config.request_timeout_s:g} s",
+                kind="server_error",
+                code="timeout",
+            ) from error
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.end(request_id, "cancelled")
+            raise
+        except ApiError:
+            self.metrics.end(request_id, "failed")
+            raise
+        self.metrics.end(request_id, "done")
+
+    async def whole(self, ids: list[int], params: SamplingParams, request_id: str) -> RequestOutput:
+        """Return a request's answers when all are there."""
+        result = None
+        async with aclosing(self.pieces(ids, params, request_id)) as pieces:  # pyrefly: ignore
+            async for piece in pieces:
+                result = piece.result or result
+        if result is None:
+            raise ApiError(500, "the engine gave no result", kind="server_error")
+        return result
+
+    # /v1/completions
+
+    def completion_params(self, body: CompletionRequest) -> SamplingParams:
+        more: dict[str, Any] = {"max_tokens": body.max_tokens, "logprobs": body.logprobs}
+        if body.echo and body.logprobs is not None:
+            more["prompt_logprobs"] = body.logprobs
+        return self.params(body, **more)
+
+    async def complete(self, body: CompletionRequest, request_id: str) -> dict[str, Any]:
+        prompts = [self.prompt_ids(prompt) for prompt in body.prompts()]
+        params = self.completion_params(body)
+        names = [f"{request_id}-{place}" for place in range(len(prompts))]
+        tasks = [
+            asyncio.create_task(self.whole(ids, params, name))
+            for ids, name in zip(prompts, names, strict=True)
+        ]
+        try:
+            outputs = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        choices = []
+        for place, output in enumerate(outputs):
+            echoed = self._echo(body, place, output)
+            for answer in output.outputs:
+                choice: dict[str, Any] = {
+                    "index": len(choices),
+                    "text": echoed + answer.text,
+                    "logprobs": self._completion_logprobs(body, output, answer, echoed),
+                    "finish_reason": answer.finish_reason,
+                    "stop_reason": answer.stop_reason,
+                }
+                if body.return_depths:
+                    choice |= {"depths": answer.depths, "prompt_depths": output.prompt_depths}
+                choices.append(choice)
+        head = head_of("text_completion", request_id, self.config.served_model_name)
+        return {**head, "choices": choices, "usage": usage_of(outputs)}
+
+    def _echo(self, body: CompletionRequest, place: int, output: RequestOutput) -> str:
+        if not body.echo:
+            return ""
+        prompt = body.prompts()[place]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(output.prompt_token_ids)
+
+    def _completion_logprobs(
+        self,
+        body: CompletionRequest,
+        output: RequestOutput,
+        answer: CompletionOutput,
+        echoed: str,
+    ) -> dict[str, Any] | None:
+        if body.logprobs is None or answer.logprobs is None:
+            return None
+        pieces = self.tokenizer.pieces(answer.token_ids)[: len(answer.logprobs)]
+        told = completion_logprobs(answer.logprobs, pieces, len(echoed), self.token_text)
+        if not body.echo or output.prompt_logprobs is None:
+            return told
+        first = [place for place in output.prompt_logprobs if place is not None]
+        names = self.tokenizer.pieces(output.prompt_token_ids)
+        before = completion_logprobs(first, names[len(names) - len(first) :], 0, self.token_text)
+        head = names[: len(names) - len(first)]
+        return {
+            "tokens": [*head, *before["tokens"], *told["tokens"]],
+            "token_logprobs": [
+                *(None for _ in head),
+                *before["token_logprobs"],
+                *told["token_logprobs"],
+            ],
+            "top_logprobs": [
+                *(None for _ in head),
+                *before["top_logprobs"],
+                *told["top_logprobs"],
+            ],
+            "text_offset": [
+                *(0 for _ in head),
+                *(len("".join(head)) + at for at in before["text_offset"]),
+                *told["text_offset"],
+            ],
+        }
+
+    async def stream_completion(
+        self, body: CompletionRequest, request_id: str
+    ) -> AsyncIterator[str]:
+        """Yield events of one prompt or several; a choice's index counts through all answers."""
+        prompts = [self.prompt_ids(prompt) for prompt in body.prompts()]
+        params = self.completion_params(body)
+        head = head_of("text_completion", request_id, self.config.served_model_name)
+        offsets: dict[int, int] = {}
+
+        def choice(place: int, piece: StepOutput) -> dict[str, Any]:
+            index = place * body.n + piece.index
+            logprobs = None
+            if body.logprobs is not None and piece.logprobs:
+                names = [self.token_text(p.token) for p in piece.logprobs]
+                at = offsets.get(index, 0)
+                logprobs = completion_logprobs(piece.logprobs, names, at, self.token_text)
+                offsets[index] = at + sum(map(len, names))
+            told: dict[str, Any] = {
+                "index": index,
+                "text": piece.text,
+                "logprobs": logprobs,
+                "finish_reason": piece.finish_reason,
+            }
+            return told | (depths_of(piece) if body.return_depths else {})
+
+        if body.echo:
+            for place, prompt in enumerate(body.prompts()):
+                text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+                for index in range(place * body.n, (place + 1) * body.n):
+                    first = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+                    offsets[index] = len(text)
+                    yield event({**head, "choices": [first]})
+        async for one in self._events(body, prompts, params, request_id, head, choice):
+            yield one
+
+    # /v1/chat/completions
+
+    def chat_ids(self, body: ChatRequest) -> list[int]:
+        try:
+            return self.template.encode([message.plain() for message in body.messages])
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+
+    def chat_params(self, body: ChatRequest) -> SamplingParams:
+        stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
+        body = body.model_copy(update={"stop": [*stops, *self.template.stop]})
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        most = body.max_completion_tokens or body.max_tokens
+        return self.params(body, max_tokens=most, logprobs=logprobs)
+
+    async def chat(self, body: ChatRequest, request_id: str) -> dict[str, Any]:
+        output = await self.whole(self.chat_ids(body), self.chat_params(body), request_id)
+        choices = []
+        for answer in output.outputs:
+            told: dict[str, Any] = {
+                "index": answer.index,
+                "message": {"role": "assistant", "content": answer.text},
+                "logprobs": chat_logprobs(answer.logprobs, self.token_text)
+                if body.logprobs and answer.logprobs is not None
+                else None,
+                "finish_reason": answer.finish_reason,
+                "stop_reason": answer.stop_reason,
+            }
+            if body.return_depths:
+                told |= {"depths": answer.depths, "prompt_depths": output.prompt_depths}
+            choices.append(told)
+        head = head_of("chat.completion", request_id, self.config.served_model_name)
+        return {**head, "choices": choices, "usage": usage_of([output])}
+
+    async def stream_chat(self, body: ChatRequest, request_id: str) -> AsyncIterator[str]:
+        ids, params = self.chat_ids(body), self.chat_params(body)
+        head = head_of("chat.completion.chunk", request_id, self.config.served_model_name)
+        for index in range(body.n):
+            first = {"role": "assistant", "content": ""}
+            begun = {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
+            yield event({**head, "choices": [begun]})
+
+        def choice(place: int, piece: StepOutput) -> dict[str, Any]:
+            told: dict[str, Any] = {
+                "index": piece.index,
+                "delta": {"content": piece.text} if piece.text else {},
+                "logprobs": chat_logprobs(piece.logprobs, self.token_text)
+                if body.logprobs and piece.logprobs
+                else None,
+                "finish_reason": piece.finish_reason,
+            }
+            return told | (depths_of(piece) if body.return_depths else {})
+
+        async for one in self._events(body, [ids], params, request_id, head, choice):
+            yield one
+
+    async def _events(
+        self,
+        body: Common,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        request_id: str,
+        head: dict[str, Any],
+        choice: Callable[[int, StepOutput], dict[str, Any]],
+    ) -> AsyncIterator[str]:
+        """Yield the events of several prompts as they come, usage and end behind them."""
+        pieces: asyncio.Queue[tuple[int, StepOutput | BaseException | None]] = asyncio.Queue()
+
+        async def follow(place: int, ids: list[int]) -> None:
+            try:
+                name = f"{request_id}-{place}"
+                async with aclosing(self.pieces(ids, params, name)) as stream:  # pyrefly: ignore
+                    async for piece in stream:
+                        pieces.put_nowait((place, piece))
+            except ApiError as error:
+                pieces.put_nowait((place, error))
+            pieces.put_nowait((place, None))
+
+        tasks = [asyncio.create_task(follow(place, ids)) for place, ids in enumerate(prompts)]
+        results: list[RequestOutput] = []
+        try:
+            left = len(tasks)
+            while left:
+                place, piece = await pieces.get()
+                if piece is None:
+                    left -= 1
+                elif isinstance(piece, ApiError):
+                    yield event(piece.body)
+                    return
+                elif isinstance(piece, StepOutput):
+                    if piece.result is not None:
+                        results.append(piece.result)
+                    if piece.text or piece.finish_reason or piece.logprobs or body.return_depths:
+                        yield event({**head, "choices": [choice(place, piece)]})
+            if body.includes_usage:
+                yield event({**head, "choices": [], "usage": usage_of(results)})
+            yield "data: [DONE]\n\n"
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def depths_of(piece: StepOutput) -> dict[str, Any]:
+    """Return the tokens of a piece, and depths that are known by now: the prompt's come first."""
+    return {"token_ids": piece.token_ids, "depths": piece.depths}
+
+
+def event(body: dict[str, Any]) -> str:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

@@ -1,0 +1,207 @@
+"""Bodies of requests, in OpenAI's words and vLLM's, and ours for depth; bodies of answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mor.engine.outputs import RequestOutput
+from mor.engine.params import SamplingParams
+from mor.engine.sampler import TokenLogprobs
+
+DEPTHS = ("low", "medium", "high", "max")
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Common(BaseModel):
+    """What both endpoints take. Fields that no engine knows are ignored, as OpenAI's clients send
+    some."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    max_tokens: int | None = None
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    # vLLM's
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    # ours
+    max_recursions: int | None = None
+    depth: float | Literal["low", "medium", "high", "max"] | None = None
+    return_depths: bool = False
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, trained_depth: float, full_depth: int, **more: Any) -> SamplingParams:
+        """Return the engine's parameters; ValueError for a value outside its range.
+
+        trained_depth  mean depth that the model's own thresholds were set for
+        full_depth     recursions of the model
+        """
+        return SamplingParams(
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            stop=self.stop,
+            seed=self.seed,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,  # pyrefly: ignore
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=self.stop_token_ids,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            max_recursions=self.max_recursions,
+            target_depth=target_depth(self.depth, trained_depth, full_depth),
+            **more,
+        )
+
+
+def target_depth(depth: float | str | None, trained: float, full: int) -> float | None:
+    """Return the mean depth that a name or number stands for; None for the model as trained.
+
+    With m the trained mean depth: low 1 + (m - 1) / 3, medium 1 + 2 (m - 1) / 3, high as trained,
+    max every recursion for every token.
+    """
+    named = {
+        "low": 1 + (trained - 1) / 3,
+        "medium": 1 + 2 * (trained - 1) / 3,
+        "high": None,
+        "max": float(full),
+    }
+    return named[depth] if isinstance(depth, str) else depth
+
+
+class CompletionRequest(Common):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool = False
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return every prompt, text or ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyrefly: ignore
+        return list(self.prompt)  # pyrefly: ignore
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return role and text; ValueError for content that is not text."""
+        if isinstance(self.content, list):
+            kinds = {part.get("type") for part in self.content}
+            if kinds - {"text"}:
+                raise ValueError(f"content of type {min(map(str, kinds - {'text'}))} is not read")
+            return {"role": self.role, "content": "".join(p["text"] for p in self.content)}
+        return {"role": self.role, "content": self.content or ""}
+
+
+class ChatRequest(Common):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    tokens: list[int]
+
+
+def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Return the tokens of a request's prompts and answers, and what depth saved."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    drawn = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": drawn,
+        "total_tokens": prompt + drawn,
+        "prompt_tokens_details": {"cached_tokens": sum(o.num_cached_tokens for o in outputs)},
+        "mean_depth": sum(o.mean_depth for o in outputs) / len(outputs),
+        "flops_saved": sum(o.flops_saved for o in outputs) / len(outputs),
+    }
+
+
+def head_of(kind: str, request_id: str, model: str) -> dict[str, Any]:
+    """Return what every answer and every piece begins with."""
+    return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def completion_logprobs(
+    places: Sequence[TokenLogprobs], pieces: Sequence[str], offset: int, name: Any
+) -> dict[str, Any]:
+    """Return log-probabilities in the shape of /v1/completions.
+
+    pieces  text of each token; offset: where the first begins in the whole text
+    name    turns a token id into its text
+    """
+    offsets = []
+    for piece in pieces:
+        offsets.append(offset)
+        offset += len(piece)
+    return {
+        "tokens": list(pieces),
+        "token_logprobs": [place.logprob for place in places],
+        "top_logprobs": [{name(token): lp for token, lp in place.top} for place in places],
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(places: Sequence[TokenLogprobs], name: Any) -> dict[str, Any]:
+    """Return log-probabilities in the shape of /v1/chat/completions."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        text = name(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            {
+                **one(place.token, place.logprob),
+                "top_logprobs": [one(token, lp) for token, lp in place.top],
+            }
+            for place in places
+        ]
+    }

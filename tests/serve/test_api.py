@@ -1,0 +1,152 @@
+"""Promises of the API: OpenAI's shapes, the engine's answers, depth as a field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mor.engine.engine import Engine
+from mor.engine.params import SamplingParams
+from mor.serve.protocol import target_depth
+
+PROMPT = "the cat sees"
+GREEDY = {"temperature": 0, "max_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny_run: Path) -> Any:
+    """What the bare engine answers to the prompt."""
+    engine = Engine.load(tiny_run / "model")
+    assert engine.tokenizer is not None
+    ids = [0, *engine.tokenizer.encode(PROMPT)]
+    return engine.generate([ids], SamplingParams(max_tokens=6, temperature=0))[0]
+
+
+def test_a_completion_is_the_engines(client, wanted):
+    answer = client.post("/v1/completions", {"prompt": PROMPT, "return_depths": True, **GREEDY})
+    assert answer.status == 200
+    body = answer.json
+    assert body["object"] == "text_completion" and body["model"] == "mor"
+    choice = body["choices"][0]
+    assert choice["text"] == wanted.outputs[0].text
+    assert choice["depths"] == wanted.outputs[0].depths
+    assert choice["prompt_depths"] == wanted.prompt_depths
+    usage = body["usage"]
+    assert usage["completion_tokens"] == len(wanted.outputs[0].token_ids)
+    assert usage["prompt_tokens"] == len(wanted.prompt_token_ids)
+    assert usage["mean_depth"] == pytest.approx(wanted.mean_depth)
+    assert usage["flops_saved"] == pytest.approx(wanted.flops_saved)
+
+
+def test_a_stream_joins_to_the_whole(client, wanted):
+    asked = {"prompt": PROMPT, "stream": True, "return_depths": True, **GREEDY}
+    answer = client.post("/v1/completions", {**asked, "stream_options": {"include_usage": True}})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.events
+    assert "".join(c["text"] for e in events for c in e["choices"]) == wanted.outputs[0].text
+    tokens = [t for e in events for c in e["choices"] for t in c["token_ids"]]
+    assert tokens == wanted.outputs[0].token_ids
+    depths = [d for e in events for c in e["choices"] for d in c["depths"]]
+    assert depths == [*wanted.prompt_depths, *wanted.outputs[0].depths]
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == len(tokens)
+    reasons = [c["finish_reason"] for e in events for c in e["choices"]]
+    assert reasons[-1] == wanted.outputs[0].finish_reason and not any(reasons[:-1])
+
+
+def test_prompts_come_as_text_ids_and_lists(client, wanted):
+    ids = wanted.prompt_token_ids
+    one = client.post("/v1/completions", {"prompt": ids, **GREEDY}).json
+    assert one["choices"][0]["text"] == wanted.outputs[0].text
+    for prompt in ([PROMPT, PROMPT], [ids, ids]):
+        answer = client.post("/v1/completions", {"prompt": prompt, **GREEDY})
+        assert answer.status == 200, answer.text
+        body = answer.json
+        assert [choice["index"] for choice in body["choices"]] == [0, 1]
+        assert {choice["text"] for choice in body["choices"]} == {wanted.outputs[0].text}
+
+
+def test_several_answers_are_numbered_through(client):
+    body = {"prompt": [PROMPT, PROMPT], "n": 2, "seed": 1, "max_tokens": 6, "ignore_eos": True}
+    whole = client.post("/v1/completions", body).json["choices"]
+    assert [choice["index"] for choice in whole] == [0, 1, 2, 3]
+    assert whole[0]["text"] == whole[2]["text"] != whole[1]["text"]
+    events = client.post("/v1/completions", {**body, "stream": True}).events
+    texts = ["", "", "", ""]
+    for choice in (c for e in events for c in e["choices"]):
+        texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in whole]
+
+
+def test_echo_and_logprobs(client, wanted):
+    body = {"prompt": PROMPT, "echo": True, "logprobs": 2, **GREEDY}
+    choice = client.post("/v1/completions", body).json["choices"][0]
+    assert choice["text"] == PROMPT + wanted.outputs[0].text
+    told = choice["logprobs"]
+    sizes = {len(told[name]) for name in told}
+    assert len(sizes) == 1
+    assert "".join(told["tokens"][-6:]) == wanted.outputs[0].text
+    assert all(value <= 0 for value in told["token_logprobs"] if value is not None)
+    assert all(len(top) == 2 for top in told["top_logprobs"][-6:])
+
+
+def test_chat_uses_the_template_and_streams(client):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the dog"}]}]
+    body = client.post("/v1/chat/completions", {"messages": messages, "logprobs": True, **GREEDY})
+    choice = body.json["choices"][0]
+    assert choice["message"]["role"] == "assistant"
+    assert len(choice["logprobs"]["content"]) == body.json["usage"]["completion_tokens"]
+    asked = {"messages": messages, "stream": True, **GREEDY}
+    events = client.post("/v1/chat/completions", asked).events
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+    text = "".join(c["delta"].get("content", "") for e in events for c in e["choices"])
+    assert text == choice["message"]["content"]
+
+
+def test_depth_is_a_field(client):
+    means = {}
+    for depth in (1, "low", "medium", "max", 2.5):
+        body = {"prompt": "the old red house likes a river and the cat", "depth": depth, **GREEDY}
+        means[depth] = client.post("/v1/completions", body).json["usage"]["mean_depth"]
+    assert means[1] == 1 and means["max"] == 3
+    assert means["low"] <= means["medium"] <= means["max"]
+    body = {"prompt": PROMPT, "max_recursions": 1, **GREEDY}
+    usage = client.post("/v1/completions", body).json["usage"]
+    assert usage["mean_depth"] == 1 and usage["flops_saved"] > 0
+    assert target_depth("low", 2.2, 3) == pytest.approx(1.4)
+    assert target_depth("medium", 2.2, 3) == pytest.approx(1.8)
+    assert target_depth("high", 2.2, 3) is None and target_depth("max", 2.2, 3) == 3
+
+
+def test_models_tokenize_health_ready(client):
+    model = client.get("/v1/models").json["data"][0]
+    assert model["id"] == "mor" and model["num_recursions"] == 3
+    told = client.post("/tokenize", {"prompt": PROMPT}).json
+    assert told["count"] == len(told["tokens"]) > 0
+    back = client.post("/detokenize", {"tokens": told["tokens"][1:]}).json["prompt"]
+    assert back == PROMPT
+    chat = client.post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).json
+    assert chat["count"] > 1
+    assert client.get("/health").status == client.get("/ready").status == 200
+
+
+def test_metrics_count_tokens_depths_and_outcomes(client):
+    before = client.metric("mor_tokens_total"), client.metric("mor_token_depth_count")
+    usage = client.post("/v1/completions", {"prompt": PROMPT, "ignore_eos": True, **GREEDY}).json[
+        "usage"
+    ]
+    client.wait_idle()
+    assert client.metric("mor_tokens_total") - before[0] == 6
+    ran = usage["prompt_tokens"] + usage["completion_tokens"] - 1
+    assert client.metric("mor_token_depth_count") - before[1] == ran
+    assert client.metric('mor_requests_total{outcome="done"}') >= 1
+    assert client.metric("mor_requests_running") == 0
+
+
+def test_the_page_asks_nothing_of_others(client):
+    answer = client.get("/")
+    assert answer.status == 200 and "<title>mor</title>" in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "'sha256-" in policy
+    assert "http://" not in answer.text and "https://" not in answer.text

@@ -1,0 +1,243 @@
+"""Promises of the failure contract: clear errors in OpenAI's shape, nobody else harmed."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mor.cli import main
+from mor.serve.config import Keys, ServeConfig
+
+LONG = {"prompt": "the cat", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"prompt": "x", "model": "gpt-4"}, 404, "'gpt-4' does not exist; this server has 'mor'"),
+        ({"prompt": "x", "temperature": -1}, 400, "temperature is -1"),
+        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"prompt": "x", "n": 0}, 400, "n is 0"),
+        ({"prompt": "x", "max_tokens": "many"}, 400, "max_tokens: Input should be a valid integer"),
+        ({"prompt": []}, 400, "prompt is empty"),
+        ({"prompt": ""}, 200, ""),
+        ({"prompt": [999999]}, 400, "999999"),
+        ({"prompt": [1] * 80}, 400, "80"),
+        ({}, 400, "prompt: Field required"),
+        ({"prompt": "x", "max_recursions": 9}, 400, "max_recursions is 9, the model has 3"),
+        ({"prompt": "x", "depth": 7}, 400, "target_depth is 7"),
+        ({"prompt": "x", "depth": "deep"}, 400, "depth"),
+        ({"prompt": "x", "unknown_field": 1, "max_tokens": 1}, 200, ""),
+        (b"{", 400, ""),
+    ],
+)
+def test_a_body_that_does_not_fit_gets_a_clear_error(client, body: Any, status: int, said: str):
+    answer = client.post("/v1/completions", body)
+    assert answer.status == status, answer.text
+    if status != 200:
+        error = answer.json["error"]
+        assert set(error) == {"message", "type", "param", "code"} and said in error["message"]
+    client.wait_idle()
+
+
+def test_errors_of_a_stream_come_before_it_begins(client):
+    body = {"prompt": "x", "stream": True, "temperature": -1}
+    assert client.post("/v1/completions", body).status == 400
+
+
+def test_other_paths_and_methods_have_the_same_shape(client):
+    assert client.get("/v1/nothing").json["error"]["message"]
+    assert client.get("/v1/completions").status == 405
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(start):
+    with start(max_num_seqs=1, max_queue=1) as client:
+        client.service.engine._engine.step = slowly(client.service.engine._engine.step)
+        threads = [
+            threading.Thread(target=client.post, args=("/v1/completions", LONG)) for _ in "ab"
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: client.service.engine.num_open == 2)
+        answer = client.post("/v1/completions", LONG)
+        assert answer.status == 429 and answer.headers["retry-after"] == "1"
+        assert answer.json["error"]["code"] == "queue_full"
+        for thread in threads:
+            thread.join()
+        client.wait_idle()
+        assert client.post("/v1/completions", LONG).status == 200
+
+
+def slowly(step: Any) -> Any:
+    def wait_and_step() -> Any:
+        time.sleep(0.02)
+        return step()
+
+    return wait_and_step
+
+
+def wait_for(what: Any) -> None:
+    end_s = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+
+
+def test_a_deadline_ends_a_request(start):
+    with start(request_timeout_s=0.2) as client:
+        client.service.engine._engine.step = slowly(client.service.engine._engine.step)
+        answer = client.post("/v1/completions", LONG)
+        assert answer.status == 504 and answer.json["error"]["code"] == "timeout"
+        streamed = client.post("/v1/completions", {**LONG, "stream": True}).text
+        assert '"code": "timeout"' in streamed and "[DONE]" not in streamed
+        client.wait_idle()
+        assert client.metric('mor_requests_total{outcome="timeout"}') == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_ends_its_request(start, stream: bool):
+    with start() as client:
+        engine = client.service.engine._engine
+        engine.step = slowly(engine.step)
+        connection = http.client.HTTPConnection("127.0.0.1", client.port)
+        body = json.dumps({**LONG, "max_tokens": 50, "stream": stream})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        wait_for(lambda: any(r.output_ids for some in engine.requests.values() for r in some))
+        connection.close()
+        wait_for(lambda: not engine.requests)
+        client.wait_idle()
+        wait_for(lambda: client.metric('mor_requests_total{outcome="cancelled"}') == 1)
+
+
+def test_an_engine_fault_ends_its_requests_and_serving_goes_on(start):
+    with start() as client:
+        engine = client.service.engine._engine
+        whole = engine.step
+
+        def broken() -> Any:
+            engine.step = whole
+            raise RuntimeError("a kernel failed")
+
+        engine.step = broken
+        answer = client.post("/v1/completions", LONG)
+        assert answer.status == 500 and answer.json["error"]["code"] == "engine_fault"
+        assert "a kernel failed" in answer.json["error"]["message"]
+        assert client.post("/v1/completions", LONG).status == 200
+        client.wait_idle()
+
+
+def test_a_reader_that_stalls_is_let_go(start):
+    with start(stall_timeout_s=0.3) as client:
+        engine = client.service.engine._engine
+        connection = http.client.HTTPConnection("127.0.0.1", client.port)
+        # Each event is made large, so that the sockets' buffers fill without a reader.
+        client.service.tokenizer.decode = lambda ids: "x" * 2**20
+        body = {**LONG, "logprobs": 1, "stream": True}
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        wait_for(lambda: engine.requests)
+        wait_for(lambda: not engine.requests)
+        connection.close()
+        client.wait_idle()
+
+
+def test_bodies_are_limited(start):
+    with start(max_body_bytes=2000) as client:
+        answer = client.post("/v1/completions", {"prompt": "x" * 3000})
+        assert answer.status == 413 and "larger than 2000 bytes" in answer.json["error"]["message"]
+        connection = http.client.HTTPConnection("127.0.0.1", client.port)
+        chunks = (b"x" * 1000 for _ in range(9))  # without a length
+        connection.request("POST", "/v1/completions", chunks, {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 413
+        connection.close()
+        assert client.post("/v1/completions", LONG).status == 200
+
+
+def test_keys_are_wanted_where_they_are_given(start, tmp_path: Path):
+    file = tmp_path / "keys"
+    file.write_text("first-key\n\nsecond-key\n")
+    with start(api_key_file=file) as client:
+        for key in ("", "Bearer wrong", "first-key"):
+            answer = client.post("/v1/completions", LONG, Authorization=key)
+            assert answer.status == 401 and answer.json["error"]["code"] == "invalid_api_key"
+        assert client.get("/metrics").status == 401
+        assert client.get("/health").status == 200
+        for key in ("first-key", "second-key"):
+            said = {"Authorization": f"Bearer {key}"}
+            assert client.post("/v1/completions", LONG, **said).status == 200
+
+
+def test_keys_are_kept_as_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MOR_API_KEY", "from-environment")
+    keys = Keys(ServeConfig())
+    assert keys.are_wanted and keys.allow("Bearer from-environment")
+    assert not keys.allow("Bearer other") and not keys.allow("")
+    assert "from-environment" not in repr(vars(keys))
+    monkeypatch.delenv("MOR_API_KEY")
+    assert Keys(ServeConfig()).allow("")
+    with pytest.raises(ValueError, match="does not exist; give a file of keys"):
+        Keys(ServeConfig(api_key_file=tmp_path / "none"))
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ValueError, match="holds no key"):
+        Keys(ServeConfig(api_key_file=tmp_path / "empty"))
+
+
+def test_other_origins_may_ask_only_when_named(client, start):
+    origin = {"Origin": "https://other.example"}
+    assert "access-control-allow-origin" not in client.get("/health", **origin).headers
+    with start(cors_origins=("https://other.example",)) as open_client:
+        headers = open_client.get("/health", **origin).headers
+        assert headers["access-control-allow-origin"] == "https://other.example"
+
+
+def test_answers_carry_an_id(client):
+    assert client.get("/health", **{"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    odd = client.get("/health", **{"X-Request-Id": "a b"}).headers["x-request-id"]
+    assert odd != "a b" and len(odd) == 32
+
+
+def test_cancel_storms_leak_nothing(start):
+    with start(max_num_seqs=4, max_queue=64) as client:
+        for round_ in range(3):
+            open_ones = []
+            for number in range(12):
+                connection = http.client.HTTPConnection("127.0.0.1", client.port)
+                body = json.dumps({**LONG, "stream": bool(number % 2)})
+                connection.request(
+                    "POST", "/v1/completions", body, {"Content-Type": "application/json"}
+                )
+                open_ones.append(connection)
+            time.sleep(0.02 * round_)
+            for connection in open_ones:
+                connection.close()
+        client.wait_idle()
+        assert client.post("/v1/completions", LONG).status == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--port", "70000"], "port is 70000"),
+        (["--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["--served-model-name", ""], "served_model_name is empty"),
+        (["--request-timeout-s", "0"], "request_timeout_s is 0"),
+        (["--dtype", "float64"], "did you mean|unknown"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, capsys, flags: list[str], said: str):
+    import re
+
+    assert main(["serve", str(tmp_path), *flags]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, capsys):
+    assert main(["serve", str(tmp_path / "none")]) == 2
+    assert "is not a model folder" in capsys.readouterr().err
