@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from mor.engine.constraint import Constraint
+
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 20
 INT64_MAX = 2**63 - 1
@@ -62,6 +64,8 @@ class SamplingParams:
     """the same for the tokens of the prompt"""
     skip_special_tokens: bool = True
     """leave special tokens out of the text"""
+    constraint: Constraint | None = None
+    """grammar that the answer must follow; it bars tokens before the draw"""
 
     max_recursions: int | None = None
     """recursions that a token may take; None for all of the model"""
@@ -89,6 +93,7 @@ class SamplingParams:
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         self._set("has_penalties", penalties != (0, 0, 1))
         changes = self.has_penalties or self.logit_bias is not None or self.min_tokens > 0
+        changes = changes or self.constraint is not None
         self._set("changes_logits", changes)
         self._set("is_plain_greedy", self.temperature == 0 and not changes)
         cuts = self.top_k > 0 or self.top_p < 1 or self.min_p > 0

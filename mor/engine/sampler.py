@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mor.engine.constraint import Mask
 from mor.engine.params import SamplingParams
 from mor.ops.native.sampling import DRAW, Draws
 from mor.ops.select import hash_draw
@@ -40,6 +41,7 @@ class SampleRow:
     output_ids: Sequence[int]
     eos_id: int | None = None
     _counts: TokenCounts | None = field(default=None, init=False, repr=False)
+    _mask: Mask | None = field(default=None, init=False, repr=False)
 
     @property
     def output_length(self) -> int:
@@ -51,6 +53,14 @@ class SampleRow:
         if self.output_length >= self.params.min_tokens:
             return []
         return [*self.params.stop_ids, *([] if self.eos_id is None else [self.eos_id])]
+
+    def allowed(self) -> bytes | None:
+        """Return the bits of tokens that the answer's grammar lets come next; None without one."""
+        if self.params.constraint is None:
+            return None
+        if self._mask is None:
+            self._mask = self.params.constraint.start()
+        return self._mask.allowed(self.output_ids)
 
     def counts(self, vocab_size: int, device: torch.device) -> TokenCounts:
         """Count the tokens so far; only what is new since the last call costs time."""
@@ -235,8 +245,21 @@ def _chunks(rows: Sequence[int], logit_NV: Tensor) -> Iterator[list[int]]:
         yield list(rows[start : start + count])
 
 
+def _constrain(score_MV: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Take tokens out that a row's grammar does not let come next."""
+    for score_V, row in zip(score_MV, rows, strict=True):
+        bits = row.allowed()
+        if bits is None:
+            continue
+        packed = np.frombuffer(bits, dtype=np.uint8)
+        allowed = np.unpackbits(packed, bitorder="little", count=len(score_V)).astype(bool)
+        barred_V = torch.from_numpy(~allowed).to(score_V.device)
+        score_V.masked_fill_(barred_V, float("-inf"))
+
+
 def _draw(score_MV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Return a token per row, -1 where no score is finite. score_MV is overwritten."""
+    _constrain(score_MV, rows)
     _add_bias(score_MV, rows)
     _penalise(score_MV, rows)
     best_M1, token_M1 = score_MV.max(1, keepdim=True)

@@ -6,10 +6,11 @@ Errors are raised as `ApiError`; `app.py` gives them OpenAI's shape.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mor.chat_template import ChatTemplate
 from mor.engine.outputs import CompletionOutput, RequestOutput, StepOutput
@@ -27,6 +28,9 @@ from mor.serve.protocol import (
     usage_of,
 )
 from mor.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mor.serve.grammar import Grammars
 
 
 class ApiError(Exception):
@@ -64,12 +68,22 @@ class Service:
         trained_depth: float,
         full_depth: int,
         bos_token_id: int | None,
+        eos_token_id: int | None,
         max_model_len: int,
     ) -> None:
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
         self.config, self.metrics = config, metrics
         self.trained_depth, self.full_depth = trained_depth, full_depth
         self.bos_token_id, self.max_model_len = bos_token_id, max_model_len
+        self.eos_token_id = eos_token_id
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Made when the first request asks for a grammar."""
+        from mor.serve.grammar import Grammars
+
+        ends = [self.tokenizer.eos_token_id]
+        return Grammars(self.tokenizer, ends if self.eos_token_id is None else [self.eos_token_id])
 
     def token_text(self, token: int) -> str:
         return self.tokenizer.decode([token])
@@ -99,6 +113,10 @@ class Service:
 
     def params(self, body: Common, **more: Any) -> SamplingParams:
         try:
+            form = body.response_format
+            schema = None if form is None else form.schema_asked()
+            if schema is not None:
+                more["constraint"] = self.grammars.of_schema(schema)
             return body.params(self.trained_depth, self.full_depth, **more)
         except ValueError as error:
             raise ApiError(400, str(error)) from error

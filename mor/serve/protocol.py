@@ -19,6 +19,24 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class ResponseFormat(BaseModel):
+    """Text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+    def schema_asked(self) -> dict[str, Any] | None:
+        """Return the schema to follow; None for text. ValueError where it is missing."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        schema = (self.json_schema or {}).get("schema")
+        if not isinstance(schema, dict):
+            raise ValueError("response_format.json_schema.schema is missing")
+        return schema
+
+
 class Common(BaseModel):
     """What both endpoints take. Fields that no engine knows are ignored, as OpenAI's clients send
     some."""
@@ -37,6 +55,7 @@ class Common(BaseModel):
     logit_bias: dict[str, float] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     # vLLM's
     top_k: int = 0
     min_p: float = 0.0

@@ -70,6 +70,7 @@ def open_service(folder: Path, config: ServeConfig) -> Service:
         trained_depth=engine.model.config.capacity_depth,
         full_depth=engine.model.config.num_recursions,
         bos_token_id=engine.model.config.bos_token_id,
+        eos_token_id=engine.model.config.eos_token_id,
         max_model_len=engine.max_model_len,
     )
 
