@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -241,3 +245,39 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, capsys, flags: lis
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, capsys):
     assert main(["serve", str(tmp_path / "none")]) == 2
     assert "is not a model folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_lets_running_requests_end(tiny_run: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mor", "serve", str(tiny_run / "model"), "--port", str(port)]
+    server = subprocess.Popen([*command, "--dtype", "float32"], stderr=subprocess.PIPE, text=True)
+    try:
+
+        def is_ready() -> bool:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            try:
+                connection.request("GET", "/ready")
+                return connection.getresponse().status == 200
+            except OSError:
+                return False
+            finally:
+                connection.close()
+
+        end_s = time.monotonic() + 60
+        while not is_ready():
+            assert time.monotonic() < end_s and server.poll() is None
+            time.sleep(0.1)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        body = json.dumps({**LONG, "stream": True})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        server.send_signal(signal.SIGTERM)
+        assert response.read().decode().endswith("data: [DONE]\n\n")
+        connection.close()
+        assert server.wait(30) in (0, -signal.SIGTERM)
+    finally:
+        server.kill()
+        server.communicate()
