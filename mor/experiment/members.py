@@ -91,7 +91,16 @@ def sweep_members(
     seed = experiment.budgets[0].seeds[0]
     return [
         dataclasses.replace(
-            _member(experiment, data, budget, model, size, seed=seed, lr=lr, pace=None),
+            _member(
+                experiment,
+                data,
+                budget,
+                model,
+                size,
+                seed=seed,
+                lr=lr,
+                share=experiment.sweep.share,
+            ),
             name=_joined(SWEEP, size.name, model.name, f"lr{lr:g}"),
             budget=SWEEP,
         )
@@ -158,11 +167,15 @@ def _member(
     *,
     seed: int,
     lr: float | None,
-    pace: float | None,
+    pace: float | None = None,
+    share: float = 1.0,
 ) -> Member:
+    """Build a member. A share of a budget warms capacities up in that share of the steps."""
     more: dict[str, Any] = {} if lr is None else {"lr": lr}
     recipe = experiment.recipe(model, size, budget_tokens=1, seed=seed, **more)
-    config = dataclasses.replace(fitted_model(recipe, data), router_seed=seed)
+    config = fitted_model(recipe, data)
+    warmup = round(share * config.capacity_warmup_steps)
+    config = dataclasses.replace(config, router_seed=seed, capacity_warmup_steps=warmup)
     train = recipe.train
     tokens = budget.amount
     if budget.kind == "same_flops":

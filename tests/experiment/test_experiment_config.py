@@ -91,6 +91,15 @@ def test_budgets_give_what_they_say(experiment: Path, tiny_data: Path):
             assert train.budget_tokens == 512
 
 
+def test_a_sweep_warms_capacities_up_in_its_share_of_the_steps(tmp_path: Path, tiny_data: Path):
+    path = tmp_path / "exp.toml"
+    router = "router = 'expert_choice'"
+    path.write_text(EXPERIMENT.replace(router, f"{router}, capacity_warmup_steps = 40"))
+    members = planned_members(load_experiment(path), PreparedData.open(tiny_data))
+    steps = {m.budget: m.recipe.model.capacity_warmup_steps for m in members if m.model == "mor3"}
+    assert steps["sweep"] == 20 and steps["same-flops"] == 40
+
+
 def test_a_budget_too_small_for_a_step_is_said_before_anything_runs(
     tmp_path: Path, tiny_data: Path
 ):
