@@ -66,6 +66,8 @@ class SamplingParams:
     """leave special tokens out of the text"""
     constraint: Constraint | None = None
     """grammar that the answer must follow; it bars tokens before the draw"""
+    cache_prefix: bool = True
+    """leave the request's stretches in the prefix cache for others"""
 
     max_recursions: int | None = None
     """recursions that a token may take; None for all of the model"""

@@ -180,7 +180,7 @@ class Scheduler:
     def _adopt_prefix(self, request: Request) -> list[tuple[int, int]]:
         """Begin a request on the pages of the prefix cache, where it has its first tokens."""
         request.entry, request.num_kept = None, 0
-        request.is_cacheable = self.prefix is not None
+        request.is_cacheable = self.prefix is not None and request.params.cache_prefix
         if self.prefix is None or request.params.prompt_logprobs is not None:
             return []
         tokens = request.tokens(0, request.num_tokens)

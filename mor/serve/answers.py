@@ -111,7 +111,21 @@ class Service:
         first = [] if self.bos_token_id is None else [self.bos_token_id]
         return [*first, *self.tokenizer.encode(prompt)]
 
+    def loaded_depth(self) -> float | None:
+        """Return the mean depth that the queue leaves a new request; None for the model's own."""
+        floor, over = self.config.load_aware_depth, self.engine.num_open - self.config.max_num_seqs
+        if not floor or over <= 0 or floor >= self.trained_depth:
+            return None
+        pressure = min(1.0, over / max(1, self.config.max_queue))
+        return self.trained_depth - (self.trained_depth - floor) * pressure
+
     def params(self, body: Common, **more: Any) -> SamplingParams:
+        depth = None
+        if body.depth is None and body.max_recursions is None:
+            depth = self.loaded_depth()
+        if depth is not None:
+            body = body.model_copy(update={"depth": depth})
+            more["cache_prefix"] = False
         try:
             form = body.response_format
             schema = None if form is None else form.schema_asked()
@@ -157,6 +171,12 @@ class Service:
             self.metrics.end(request_id, "failed")
             raise
         self.metrics.end(request_id, "done")
+
+    def _told(self, params: SamplingParams) -> dict[str, Any]:
+        """Return what `usage` says of a depth that the queue chose."""
+        if not self.config.load_aware_depth:
+            return {}
+        return {"load_aware_depth": None if params.cache_prefix else params.target_depth}
 
     async def whole(self, ids: list[int], params: SamplingParams, request_id: str) -> RequestOutput:
         """Return a request's answers when all are there."""
@@ -204,7 +224,7 @@ class Service:
                     choice |= {"depths": answer.depths, "prompt_depths": output.prompt_depths}
                 choices.append(choice)
         head = head_of("text_completion", request_id, self.config.served_model_name)
-        return {**head, "choices": choices, "usage": usage_of(outputs)}
+        return {**head, "choices": choices, "usage": usage_of(outputs) | self._told(params)}
 
     def _echo(self, body: CompletionRequest, place: int, output: RequestOutput) -> str:
         if not body.echo:
@@ -299,7 +319,8 @@ class Service:
         return self.params(body, max_tokens=most, logprobs=logprobs)
 
     async def chat(self, body: ChatRequest, request_id: str) -> dict[str, Any]:
-        output = await self.whole(self.chat_ids(body), self.chat_params(body), request_id)
+        params = self.chat_params(body)
+        output = await self.whole(self.chat_ids(body), params, request_id)
         choices = []
         for answer in output.outputs:
             told: dict[str, Any] = {
@@ -315,7 +336,7 @@ class Service:
                 told |= {"depths": answer.depths, "prompt_depths": output.prompt_depths}
             choices.append(told)
         head = head_of("chat.completion", request_id, self.config.served_model_name)
-        return {**head, "choices": choices, "usage": usage_of([output])}
+        return {**head, "choices": choices, "usage": usage_of([output]) | self._told(params)}
 
     async def stream_chat(self, body: ChatRequest, request_id: str) -> AsyncIterator[str]:
         ids, params = self.chat_ids(body), self.chat_params(body)
@@ -378,7 +399,8 @@ class Service:
                     if piece.text or piece.finish_reason or piece.logprobs or body.return_depths:
                         yield event({**head, "choices": [choice(place, piece)]})
             if body.includes_usage:
-                yield event({**head, "choices": [], "usage": usage_of(results)})
+                usage = usage_of(results) | self._told(params)
+                yield event({**head, "choices": [], "usage": usage})
             yield "data: [DONE]\n\n"
         finally:
             for task in tasks:

@@ -46,8 +46,9 @@ class ServeConfig:
     """environment variable with such a key"""
     cors_origins: tuple[str, ...] = ()
     """origins whose pages may ask from a browser; none unless given"""
-    log_prompts: bool = False
-    """write prompts into the log too"""
+    load_aware_depth: float = 0.0
+    """mean depth to go down to while the queue fills, for requests that name none; 0 leaves depth
+    alone"""
     dtype: str = "auto"
     """type of weights, keys and values; auto is bfloat16 where the processor multiplies it"""
     backend: Backend = "auto"
@@ -69,6 +70,10 @@ class ServeConfig:
         for name in ("request_timeout_s", "stall_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
+        if self.load_aware_depth and not self.load_aware_depth >= 1:
+            raise ValueError(
+                f"load_aware_depth is {self.load_aware_depth}; give a mean depth of 1 or more, or 0"
+            )
         check_choice("dtype", self.dtype, DTYPES)
 
 

@@ -78,6 +78,32 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(start):
         assert client.post("/v1/completions", LONG).status == 200
 
 
+def test_depth_follows_the_queue_where_asked(start):
+    with start(max_num_seqs=1, max_queue=4, load_aware_depth=1.2) as client:
+        engine = client.service.engine._engine
+        idle = client.post("/v1/completions", LONG).json["usage"]
+        assert idle["load_aware_depth"] is None
+        client.wait_idle()
+        whole, engine.step = engine.step, slowly(engine.step)
+        ask = ("/v1/completions", LONG)
+        threads = [threading.Thread(target=client.post, args=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: client.service.engine.num_open == 3)
+        engine.step = whole
+        usage = client.post(
+            "/v1/completions", {**LONG, "prompt": "a dog " * 4, "max_tokens": 30}
+        ).json["usage"]
+        assert 1.2 <= usage["load_aware_depth"] < 2
+        named = client.post("/v1/completions", {**LONG, "depth": "max"}).json["usage"]
+        assert named["mean_depth"] == 3 and named["load_aware_depth"] is None
+        for thread in threads:
+            thread.join()
+        client.wait_idle()
+        policies = {key[0] for key in engine.scheduler.prefix.entries if type(key[0]) is not int}
+        assert len(policies) <= 2  # as trained, and every recursion
+
+
 def slowly(step: Any) -> Any:
     def wait_and_step() -> Any:
         time.sleep(0.02)
