@@ -22,7 +22,7 @@ PLAIN = (
 )
 """For models that have no template."""
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class ChatTemplate:
@@ -33,10 +33,11 @@ class ChatTemplate:
     ) -> None:
         """Compile a template; None takes a plain one. Raises ValueError for a broken template."""
         self.is_plain = source is None
+        self.source = source if source is not None else PLAIN
         self.tokenizer = tokenizer
         self.variables = dict(variables)
         self._special = _special_pattern(tokenizer)
-        self._template = _compile(source if source is not None else PLAIN)
+        self._template = _compile(self.source)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
@@ -64,10 +65,17 @@ class ChatTemplate:
         return ("\nUser:", "\nSystem:") if self.is_plain else ()
 
     def encode(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Return the ids of a conversation; ValueError when the template refuses it."""
-        text, hidden = self._render(messages, add_generation_prompt)
+        """Return the ids of a conversation; ValueError when the template refuses it.
+
+        tools  functions that may be called, in OpenAI's shape, for a template that knows them
+        """
+        text, hidden = self._render(messages, tools, add_generation_prompt)
         ids: list[int] = []
         raw = self.tokenizer.token_ids
         for part in self._special.split(text) if self._special else [text]:
@@ -80,28 +88,36 @@ class ChatTemplate:
         return ids
 
     def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
     ) -> tuple[str, dict[str, str]]:
         """Render with every special token inside a message replaced by a sign of its own."""
         import jinja2
 
         hidden: dict[str, str] = {}
 
-        def hide(match: re.Match[str]) -> str:
+        def sign_of(match: re.Match[str]) -> str:
             sign = f"\ue000{len(hidden)}\ue001"
             hidden[sign] = match.group()
             return sign
 
-        safe = []
-        for message in messages:
-            content = message["content"]
-            content = content if self._special is None else self._special.sub(hide, content)
-            safe.append({**message, "content": content})
+        def hide(value: Any) -> Any:
+            if isinstance(value, str):
+                return value if self._special is None else self._special.sub(sign_of, value)
+            if isinstance(value, Mapping):
+                return {hide(name): hide(inner) for name, inner in value.items()}
+            return [hide(inner) for inner in value] if isinstance(value, list) else value
+
         try:
             text = self._template.render(
-                messages=safe, add_generation_prompt=add_generation_prompt, **self.variables
+                messages=[hide(message) for message in messages],
+                tools=[hide(tool) for tool in tools] or None,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         return text, hidden
 

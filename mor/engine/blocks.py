@@ -251,9 +251,9 @@ class BlockManager:
         self.held[slot, table] += 1
 
     @property
-    def tokens_stored(self) -> tuple[int, int]:
-        """Tokens of running requests in the own tables, and (token, depth) pairs in the block's."""
-        return int(self.count[:, 0].sum()), int(self.count[:, 1:].sum())
+    def tokens_stored(self) -> Ints:
+        """Tokens of running requests in each table: own layers first, then the depths."""
+        return self.count.sum(0)
 
     def check_integrity(self) -> None:
         """Assert that every page is counted once, and tables hold what they say."""

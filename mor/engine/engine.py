@@ -383,10 +383,16 @@ class Engine:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that running requests hold, page rounding left out."""
+        return sum(self.kv_bytes_by_table)
+
+    @property
+    def kv_bytes_by_table(self) -> list[int]:
+        """The same apart: prelude and coda first, then recursion 1, 2 .. of the block."""
         layout = self.layout
-        own, block = self.blocks.tokens_stored
         a_layer = self.page_bytes // (layout.block_layers * layout.block_page_tokens)
-        return a_layer * (own * layout.own_layers + block * layout.block_layers)
+        layers = [layout.own_layers] + [layout.block_layers] * layout.num_depths
+        stored = self.blocks.tokens_stored.tolist()
+        return [a_layer * n * tokens for n, tokens in zip(layers, stored, strict=True)]
 
     def check_integrity(self) -> None:
         """Assert that every page, row and slot is in one place; when idle, that none leaks."""

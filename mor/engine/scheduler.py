@@ -56,6 +56,8 @@ class Scheduler:
         self.single_rows = list(np.arange(num_rows).reshape(-1, 1))
         self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self.num_preemptions = 0
+        self.num_rows_run = 0
+        """rows of all ticks together"""
         self.active_share = np.ones(num_recursions)
         """running mean of the share of tokens active at each recursion"""
 
@@ -77,6 +79,7 @@ class Scheduler:
         copies = self._admit(budget)
         entering, self.entering = self.entering, []
         self.in_block += entering
+        self.num_rows_run += sum(len(flight.active) for flight in self.in_block)
         return Batch(copies, entering, list(self.in_block))
 
     def _decode(self) -> None:

@@ -85,6 +85,10 @@ class AsyncEngine:
         finally:
             self._order(lambda: self._forget(name))
 
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raise the ValueError with which `generate` would refuse a request; queues nothing."""
+        self._engine.intake.requests("check", prompt, params)
+
     @property
     def num_open(self) -> int:
         """Requests that somebody waits for."""

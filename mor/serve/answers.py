@@ -16,17 +16,20 @@ from mor.chat_template import ChatTemplate
 from mor.engine.outputs import CompletionOutput, RequestOutput, StepOutput
 from mor.engine.params import SamplingParams
 from mor.engine.stream import AsyncEngine, EngineFault
+from mor.log import logger
 from mor.serve.config import ServeConfig
 from mor.serve.metrics import Metrics
 from mor.serve.protocol import (
     ChatRequest,
     Common,
     CompletionRequest,
+    DepthPoints,
     chat_logprobs,
     completion_logprobs,
     head_of,
     usage_of,
 )
+from mor.serve.tools import Scanner, format_of
 from mor.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -65,15 +68,18 @@ class Service:
         config: ServeConfig,
         metrics: Metrics,
         *,
+        num_recursions: int,
         trained_depth: float,
-        full_depth: int,
+        depth_points: DepthPoints,
         bos_token_id: int | None,
         eos_token_id: int | None,
         max_model_len: int,
     ) -> None:
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
         self.config, self.metrics = config, metrics
-        self.trained_depth, self.full_depth = trained_depth, full_depth
+        self.num_recursions, self.trained_depth = num_recursions, trained_depth
+        self.depth_points = depth_points
+        self.tool_format = format_of(template.source)
         self.bos_token_id, self.max_model_len = bos_token_id, max_model_len
         self.eos_token_id = eos_token_id
 
@@ -99,7 +105,10 @@ class Service:
 
     def check_room(self, count: int) -> None:
         """Refuse what neither runs nor waits within bounds."""
-        if self.engine.num_open + count > self.config.max_num_seqs + self.config.max_queue:
+        most = self.config.max_num_seqs + self.config.max_queue
+        if count > most:
+            raise ApiError(400, f"{count} answers are asked for; this server holds {most} at most")
+        if self.engine.num_open + count > most:
             self.metrics.refused.inc()
             said = "the queue is full; try again later"
             raise ApiError(429, said, kind="rate_limit_error", code="queue_full")
@@ -129,9 +138,17 @@ class Service:
         try:
             form = body.response_format
             schema = None if form is None else form.schema_asked()
-            if schema is not None:
+            if schema is not None and "constraint" not in more:
                 more["constraint"] = self.grammars.of_schema(schema)
-            return body.params(self.trained_depth, self.full_depth, **more)
+            return body.params(self.depth_points, **more)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+
+    def check(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+        """Refuse prompts that the engine would, before a stream has begun."""
+        try:
+            for ids in prompts:
+                self.engine.check(ids, params)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
 
@@ -150,6 +167,8 @@ class Service:
                     if piece.error is not None:
                         raise ApiError(500, piece.error, kind="server_error", code="engine_error")
                     yield piece
+                    if piece.result is not None and self.config.log_prompts:
+                        self._log(request_id, piece.result)
         except ValueError as error:
             self.metrics.end(request_id, "refused")
             raise ApiError(400, str(error)) from error
@@ -171,6 +190,13 @@ class Service:
             self.metrics.end(request_id, "failed")
             raise
         self.metrics.end(request_id, "done")
+
+    def _log(self, request_id: str, result: RequestOutput) -> None:
+        """Write what was asked and answered; only where the server was told to."""
+        prompt = self.tokenizer.decode(result.prompt_token_ids)
+        answers = [answer.text for answer in result.outputs]
+        line = {"id": request_id, "prompt": prompt, "answers": answers}
+        logger.info("%s", json.dumps(line, ensure_ascii=False))
 
     def _told(self, params: SamplingParams) -> dict[str, Any]:
         """Return what `usage` says of a depth that the queue chose."""
@@ -268,12 +294,21 @@ class Service:
             ],
         }
 
-    async def stream_completion(
-        self, body: CompletionRequest, request_id: str
-    ) -> AsyncIterator[str]:
-        """Yield events of one prompt or several; a choice's index counts through all answers."""
+    def stream_completion(self, body: CompletionRequest, request_id: str) -> AsyncIterator[str]:
+        """Return the events of one prompt or several; ApiError before any for what cannot be."""
         prompts = [self.prompt_ids(prompt) for prompt in body.prompts()]
         params = self.completion_params(body)
+        self.check(prompts, params)
+        return self._completion_events(body, prompts, params, request_id)
+
+    async def _completion_events(
+        self,
+        body: CompletionRequest,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        request_id: str,
+    ) -> AsyncIterator[str]:
+        """Yield events; a choice's index counts through all answers to all prompts."""
         head = head_of("text_completion", request_id, self.config.served_model_name)
         offsets: dict[int, int] = {}
 
@@ -306,30 +341,64 @@ class Service:
     # /v1/chat/completions
 
     def chat_ids(self, body: ChatRequest) -> list[int]:
+        """Return the prompt; where a tool has to be called, it ends with how a call begins."""
+        tools = [tool.model_dump(exclude_none=True) for tool in body.offered()]
         try:
-            return self.template.encode([message.plain() for message in body.messages])
+            ids = self.template.encode([message.plain() for message in body.messages], tools=tools)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+        if body.forced() and self.tool_format is not None:
+            mark = self.tokenizer.token_ids.get(self.tool_format.lead)
+            ids += self.tokenizer.encode(self.tool_format.lead) if mark is None else [mark]
+        return ids
 
     def chat_params(self, body: ChatRequest) -> SamplingParams:
         stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
-        body = body.model_copy(update={"stop": [*stops, *self.template.stop]})
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        most = body.max_completion_tokens or body.max_tokens
-        return self.params(body, max_tokens=most, logprobs=logprobs)
+        update: dict[str, Any] = {"stop": [*stops, *self.template.stop]}
+        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        more: dict[str, Any] = {"max_tokens": most}
+        if body.logprobs:
+            more["logprobs"] = body.top_logprobs or 0
+        try:
+            forced = body.forced()
+            if body.offered() and self.tool_format is None:
+                raise ValueError("tools: this model's chat template knows none")
+            if body.offered() and self.tool_format is not None and self.tool_format.is_special:
+                update["skip_special_tokens"] = False
+            if forced and self.tool_format is not None:
+                more["constraint"] = self.grammars.of_schema(self.tool_format.schema(forced))
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        return self.params(body.model_copy(update=update), **more)
+
+    def scanner(self, body: ChatRequest) -> Scanner | None:
+        """Return what finds calls of tools in one answer; None where none can be."""
+        tools = body.offered()
+        if not tools or self.tool_format is None:
+            return None
+        names = [tool.function.name for tool in tools]
+        most = 0 if body.parallel_tool_calls else 1
+        return Scanner(self.tool_format, names, most=most, is_inside=bool(body.forced()))
 
     async def chat(self, body: ChatRequest, request_id: str) -> dict[str, Any]:
         params = self.chat_params(body)
         output = await self.whole(self.chat_ids(body), params, request_id)
         choices = []
         for answer in output.outputs:
+            message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+            scanner = self.scanner(body)
+            if scanner is not None:
+                text, calls = scanner.push(answer.text, is_last=True)
+                message["content"] = text or (None if calls else "")
+                if calls:
+                    message["tool_calls"] = calls
             told: dict[str, Any] = {
                 "index": answer.index,
-                "message": {"role": "assistant", "content": answer.text},
+                "message": message,
                 "logprobs": chat_logprobs(answer.logprobs, self.token_text)
                 if body.logprobs and answer.logprobs is not None
                 else None,
-                "finish_reason": answer.finish_reason,
+                "finish_reason": finish_reason(answer.finish_reason, scanner),
                 "stop_reason": answer.stop_reason,
             }
             if body.return_depths:
@@ -338,22 +407,40 @@ class Service:
         head = head_of("chat.completion", request_id, self.config.served_model_name)
         return {**head, "choices": choices, "usage": usage_of([output]) | self._told(params)}
 
-    async def stream_chat(self, body: ChatRequest, request_id: str) -> AsyncIterator[str]:
-        ids, params = self.chat_ids(body), self.chat_params(body)
+    def stream_chat(self, body: ChatRequest, request_id: str) -> AsyncIterator[str]:
+        """Return the events of a turn; ApiError before any for what cannot be served."""
+        params = self.chat_params(body)
+        ids = self.chat_ids(body)
+        self.check([ids], params)
+        return self._chat_events(body, ids, params, request_id)
+
+    async def _chat_events(
+        self, body: ChatRequest, ids: list[int], params: SamplingParams, request_id: str
+    ) -> AsyncIterator[str]:
         head = head_of("chat.completion.chunk", request_id, self.config.served_model_name)
+        scanners = [self.scanner(body) for _ in range(body.n)]
         for index in range(body.n):
             first = {"role": "assistant", "content": ""}
             begun = {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
             yield event({**head, "choices": [begun]})
 
         def choice(place: int, piece: StepOutput) -> dict[str, Any]:
+            scanner, text, delta = scanners[piece.index], piece.text, dict[str, Any]()
+            if scanner is not None:
+                first = scanner.num_calls
+                text, calls = scanner.push(text, is_last=piece.finish_reason is not None)
+                if calls:
+                    numbered = [{"index": first + i, **call} for i, call in enumerate(calls)]
+                    delta["tool_calls"] = numbered
+            if text:
+                delta["content"] = text
             told: dict[str, Any] = {
                 "index": piece.index,
-                "delta": {"content": piece.text} if piece.text else {},
+                "delta": delta,
                 "logprobs": chat_logprobs(piece.logprobs, self.token_text)
                 if body.logprobs and piece.logprobs
                 else None,
-                "finish_reason": piece.finish_reason,
+                "finish_reason": finish_reason(piece.finish_reason, scanner),
             }
             return told | (depths_of(piece) if body.return_depths else {})
 
@@ -406,6 +493,12 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def finish_reason(reason: str | None, scanner: Scanner | None) -> str | None:
+    """Return OpenAI's word for why an answer ended."""
+    is_call = reason == "stop" and scanner is not None and scanner.num_calls > 0
+    return "tool_calls" if is_call else reason
 
 
 def depths_of(piece: StepOutput) -> dict[str, Any]:

@@ -129,8 +129,9 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
             "created": 0,
             "owned_by": "mor",
             "max_model_len": service.max_model_len,
-            "num_recursions": service.full_depth,
+            "num_recursions": service.num_recursions,
             "trained_depth": service.trained_depth,
+            "depth_points": service.depth_points,
         }
         return {"object": "list", "data": [about]}
 
@@ -155,7 +156,6 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         if not count:
             raise ApiError(400, "prompt is empty; give a text, token ids, or a list of them")
         service.check_room(count * max(body.n, 1))
-        service.completion_params(body)  # says what does not fit before a stream begins
         request_id = f"cmpl-{request.state.request_id}"
         if body.stream:
             return EventStream(service.stream_completion(body, request_id), config)
@@ -165,8 +165,6 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     async def chat(body: ChatRequest, request: Request) -> Any:
         service.check_model(body.model)
         service.check_room(max(body.n, 1))
-        service.chat_params(body)
-        service.chat_ids(body)
         request_id = f"chatcmpl-{request.state.request_id}"
         if body.stream:
             return EventStream(service.stream_chat(body, request_id), config)

@@ -49,6 +49,8 @@ class ServeConfig:
     load_aware_depth: float = 0.0
     """mean depth to go down to while the queue fills, for requests that name none; 0 leaves depth
     alone"""
+    log_prompts: bool = False
+    """write what requests ask and get into the log"""
     dtype: str = "auto"
     """type of weights, keys and values; auto is bfloat16 where the processor multiplies it"""
     backend: Backend = "auto"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mor.engine.outputs import StepOutput
 
@@ -13,8 +14,11 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 OUTCOMES = ("done", "cancelled", "failed", "timeout", "refused")
 
 
+Read = Callable[[], float | Mapping[str, float]]
+
+
 class Metrics:
-    """Counters of requests and tokens, times, depths; gauges are read when somebody asks."""
+    """Counters of requests and tokens, times, depths; the engine's state is read when asked."""
 
     def __init__(self, max_depth: int) -> None:
         self.registry = CollectorRegistry()
@@ -35,17 +39,27 @@ class Metrics:
         self.depth = Histogram(
             "mor_token_depth", "Recursions that a token took", buckets=buckets, **own
         )
-        self._named: dict[str, Gauge] = {}
-        self._gauges: list[tuple[Gauge, Callable[[], float]]] = []
+        self._reads: list[tuple[type[Metric], str, str, str, Read]] = []
+        self.registry.register(self)  # pyrefly: ignore
         self._began: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
-    def gauge(self, name: str, about: str, read: Callable[[], float], **labels: str) -> None:
-        """Add a value that is read when somebody asks; one call for each set of labels."""
-        if name not in self._named:
-            self._named[name] = Gauge(name, about, list(labels), registry=self.registry)
-        made = self._named[name]
-        self._gauges.append((made.labels(**labels) if labels else made, read))
+    def gauge(self, name: str, about: str, read: Read, *, label: str = "") -> None:
+        """Add a value that is read when somebody asks; with a label, one for each of its values."""
+        self._reads.append((GaugeMetricFamily, name, about, label, read))
+
+    def counter(self, name: str, about: str, read: Read, *, label: str = "") -> None:
+        """Add a number that only grows and that somebody else keeps."""
+        self._reads.append((CounterMetricFamily, name, about, label, read))
+
+    def collect(self) -> Iterator[Metric]:
+        """Read all of them; what a registry asks for."""
+        for kind, name, about, label, read in self._reads:
+            family = kind(name, about, labels=[label] if label else [])  # pyrefly: ignore
+            found = read()
+            for value, number in found.items() if isinstance(found, Mapping) else [("", found)]:
+                family.add_metric([value] if label else [], number)  # pyrefly: ignore
+            yield family
 
     def begin(self, request_id: str) -> None:
         self._began[request_id] = time.perf_counter()
@@ -72,6 +86,4 @@ class Metrics:
         self._last.pop(request_id, None)
 
     def text(self) -> bytes:
-        for gauge, read in self._gauges:
-            gauge.set(read())
         return generate_latest(self.registry)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from mor.engine.outputs import RequestOutput
 from mor.engine.params import SamplingParams
 from mor.engine.sampler import TokenLogprobs
+from mor.serve.tools import ToolFields
 
-DEPTHS = ("low", "medium", "high", "max")
+DepthPoints = Mapping[str, float | None]
+"""mean depths by name; None for the model's thresholds as trained"""
 
 
 class StreamOptions(BaseModel):
@@ -67,18 +70,17 @@ class Common(BaseModel):
     skip_special_tokens: bool = True
     # ours
     max_recursions: int | None = None
-    depth: float | Literal["low", "medium", "high", "max"] | None = None
+    depth: float | str | None = None
     return_depths: bool = False
 
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def params(self, trained_depth: float, full_depth: int, **more: Any) -> SamplingParams:
+    def params(self, points: DepthPoints, **more: Any) -> SamplingParams:
         """Return the engine's parameters; ValueError for a value outside its range.
 
-        trained_depth  mean depth that the model's own thresholds were set for
-        full_depth     recursions of the model
+        points  what the names of depths stand for
         """
         return SamplingParams(
             n=self.n,
@@ -98,24 +100,18 @@ class Common(BaseModel):
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
             max_recursions=self.max_recursions,
-            target_depth=target_depth(self.depth, trained_depth, full_depth),
+            target_depth=depth_of(self.depth, points),
             **more,
         )
 
 
-def target_depth(depth: float | str | None, trained: float, full: int) -> float | None:
-    """Return the mean depth that a name or number stands for; None for the model as trained.
-
-    With m the trained mean depth: low 1 + (m - 1) / 3, medium 1 + 2 (m - 1) / 3, high as trained,
-    max every recursion for every token.
-    """
-    named = {
-        "low": 1 + (trained - 1) / 3,
-        "medium": 1 + 2 * (trained - 1) / 3,
-        "high": None,
-        "max": float(full),
-    }
-    return named[depth] if isinstance(depth, str) else depth
+def depth_of(depth: float | str | None, points: DepthPoints) -> float | None:
+    """Return the mean depth that a name or number stands for; None for the model as trained."""
+    if not isinstance(depth, str):
+        return depth
+    if depth not in points:
+        raise ValueError(f"depth is {depth!r}; give a mean depth or one of {', '.join(points)}")
+    return points[depth]
 
 
 class CompletionRequest(Common):
@@ -139,17 +135,39 @@ class ChatMessage(BaseModel):
     role: str
     content: str | list[dict[str, Any]] | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Return role and text; ValueError for content that is not text."""
-        if isinstance(self.content, list):
-            kinds = {part.get("type") for part in self.content}
-            if kinds - {"text"}:
-                raise ValueError(f"content of type {min(map(str, kinds - {'text'}))} is not read")
-            return {"role": self.role, "content": "".join(p["text"] for p in self.content)}
-        return {"role": self.role, "content": self.content or ""}
+    def plain(self) -> dict[str, Any]:
+        """Return the message for a template; ValueError for content that is not text.
+
+        Arguments of calls become objects, as templates want them.
+        """
+        told: dict[str, Any] = {"role": self.role, "content": self._text()}
+        extra = self.model_extra or {}
+        told |= {name: extra[name] for name in ("name", "tool_call_id") if extra.get(name)}
+        if extra.get("tool_calls"):
+            told["tool_calls"] = [_plain_call(call) for call in extra["tool_calls"]]
+        return told
+
+    def _text(self) -> str:
+        if not isinstance(self.content, list):
+            return self.content or ""
+        texts = [part.get("text") for part in self.content if part.get("type") == "text"]
+        if len(texts) < len(self.content) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("content has parts that are not text; this model reads text alone")
+        return "".join(texts)
 
 
-class ChatRequest(Common):
+def _plain_call(call: Any) -> dict[str, Any]:
+    """Return a call with its arguments as an object; ValueError for what is no call."""
+    try:
+        function = call["function"]
+        given = function.get("arguments", {})
+        given = json.loads(given or "{}") if isinstance(given, str) else given
+        return {**call, "function": {**function, "arguments": given}}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError("tool_calls holds what is no call of a function") from error
+
+
+class ChatRequest(Common, ToolFields):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False

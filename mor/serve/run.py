@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from mor.chat_template import ChatTemplate
+from mor.config import ModelConfig
 from mor.engine.config import EngineConfig
 from mor.engine.engine import Engine
 from mor.engine.stream import AsyncEngine
@@ -67,30 +69,67 @@ def open_service(folder: Path, config: ServeConfig) -> Service:
         ChatTemplate.load(folder, tokenizer),
         config,
         metrics,
+        num_recursions=engine.model.config.num_recursions,
         trained_depth=engine.model.config.capacity_depth,
-        full_depth=engine.model.config.num_recursions,
+        depth_points=depth_points(folder, engine.model.config),
         bos_token_id=engine.model.config.bos_token_id,
         eos_token_id=engine.model.config.eos_token_id,
         max_model_len=engine.max_model_len,
     )
 
 
+def depth_points(folder: Path, config: ModelConfig) -> dict[str, float | None]:
+    """Return the mean depths that names stand for; None for the thresholds as trained.
+
+    With m the trained mean depth: low 1 + (m - 1) / 3, medium 1 + 2 (m - 1) / 3, high as trained,
+    max every recursion for every token. `depths.json` of the folder, an object of names and mean
+    depths, adds to them or puts others in their place. Raises ValueError for a file that does not
+    fit
+    """
+    trained, full = config.capacity_depth, config.num_recursions
+    points: dict[str, float | None] = {"high": None}
+    if config.router in ("expert_choice", "threshold"):
+        points = {"low": 1 + (trained - 1) / 3, "medium": 1 + 2 * (trained - 1) / 3, "high": None}
+        points["max"] = float(full)
+    elif config.router == "fixed":
+        points["max"] = None
+    path = folder / "depths.json"
+    if path.is_file():
+        try:
+            own = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(own, dict):
+            raise ValueError(f"{path} does not hold an object of names and mean depths")
+        for name, depth in own.items():
+            if not isinstance(depth, int | float) or not 1 <= depth <= full:
+                raise ValueError(f"{path}: {name} is {depth}; give a mean depth from 1 to {full}")
+            points[name] = float(depth)
+    return points
+
+
 def watch(metrics: Metrics, engine: Engine) -> None:
-    """Let `/metrics` read the engine's state; plain reads of numbers, which no tick waits for."""
-    metrics.gauge(
-        "mor_requests_running", "Requests that run", lambda: len(engine.scheduler.running)
+    """Let `/metrics` read the engine's state; plain reads of numbers, which no tick waits for.
+
+    What a reset builds anew (scheduler, blocks) is looked up at every read.
+    """
+    gauge, counter = metrics.gauge, metrics.counter
+    gauge("mor_requests_running", "Requests that run", lambda: len(engine.scheduler.running))
+    gauge("mor_requests_waiting", "Requests that wait", lambda: len(engine.scheduler.waiting))
+    gauge("mor_pages_free", "Free pages of keys and values", lambda: len(engine.blocks.free))
+    gauge("mor_pages", "Pages of keys and values", lambda: engine.blocks.num_pages)
+    counter("mor_ticks", "Ticks of the engine", lambda: engine.scheduler.tick)
+    counter("mor_rows", "Rows of all ticks", lambda: engine.scheduler.num_rows_run)
+    counter("mor_preemptions", "Requests put off", lambda: engine.scheduler.num_preemptions)
+    gauge(
+        "mor_active_share",
+        "Share of tokens active at a recursion, running mean",
+        lambda: {str(r + 1): float(s) for r, s in enumerate(engine.scheduler.active_share)},
+        label="recursion",
     )
-    metrics.gauge(
-        "mor_requests_waiting", "Requests that wait", lambda: len(engine.scheduler.waiting)
+    gauge(
+        "mor_kv_bytes",
+        "Keys and values of running requests; recursion 0 is the layers outside the block",
+        lambda: {str(r): float(n) for r, n in enumerate(engine.kv_bytes_by_table)},
+        label="recursion",
     )
-    metrics.gauge(
-        "mor_pages_free", "Free pages of keys and values", lambda: len(engine.blocks.free)
-    )
-    metrics.gauge("mor_pages", "Pages of keys and values", lambda: engine.blocks.num_pages)
-    for r in range(engine.model.config.num_recursions):
-        metrics.gauge(
-            "mor_active_share",
-            "Share of tokens active at a recursion, running mean",
-            lambda r=r: float(engine.scheduler.active_share[r]),
-            recursion=str(r + 1),
-        )

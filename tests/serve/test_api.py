@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from mor.config import ModelConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
-from mor.serve.protocol import target_depth
+from mor.serve.protocol import depth_of
+from mor.serve.run import depth_points
 
 PROMPT = "the cat sees"
 GREEDY = {"temperature": 0, "max_tokens": 6}
@@ -114,14 +116,43 @@ def test_depth_is_a_field(client):
     body = {"prompt": PROMPT, "max_recursions": 1, **GREEDY}
     usage = client.post("/v1/completions", body).json["usage"]
     assert usage["mean_depth"] == 1 and usage["flops_saved"] > 0
-    assert target_depth("low", 2.2, 3) == pytest.approx(1.4)
-    assert target_depth("medium", 2.2, 3) == pytest.approx(1.8)
-    assert target_depth("high", 2.2, 3) is None and target_depth("max", 2.2, 3) == 3
+
+
+def test_names_of_depths(tmp_path: Path):
+    config = ModelConfig(
+        num_hidden_layers=8, num_recursions=3, router="expert_choice", capacity=(1.0, 0.8, 0.4)
+    )
+    points = depth_points(tmp_path, config)
+    assert points == {
+        "low": pytest.approx(1.4),
+        "medium": pytest.approx(1.8),
+        "high": None,
+        "max": 3,
+    }
+    assert depth_of("low", points) == points["low"] and depth_of(1.7, points) == 1.7
+    (tmp_path / "depths.json").write_text('{"draft": 1.1, "low": 1.2}')
+    assert depth_points(tmp_path, config) == {**points, "draft": 1.1, "low": 1.2}
+    with pytest.raises(ValueError, match="'deep'; give a mean depth or one of low, medium"):
+        depth_of("deep", points)
+    for text, fault in (
+        ("[1]", "an object"),
+        ("{", "JSON"),
+        ('{"a": 4}', "a is 4"),
+        ('{"a": "x"}', "a is x"),
+    ):
+        (tmp_path / "depths.json").write_text(text)
+        with pytest.raises(ValueError, match=fault):
+            depth_points(tmp_path, config)
+    assert depth_points(tmp_path / "none", ModelConfig(num_hidden_layers=8, num_recursions=2)) == {
+        "high": None,
+        "max": None,
+    }
 
 
 def test_models_tokenize_health_ready(client):
     model = client.get("/v1/models").json["data"][0]
     assert model["id"] == "mor" and model["num_recursions"] == 3
+    assert list(model["depth_points"]) == ["low", "medium", "high", "max"]
     told = client.post("/tokenize", {"prompt": PROMPT}).json
     assert told["count"] == len(told["tokens"]) > 0
     back = client.post("/detokenize", {"tokens": told["tokens"][1:]}).json["prompt"]
@@ -142,6 +173,9 @@ def test_metrics_count_tokens_depths_and_outcomes(client):
     assert client.metric("mor_token_depth_count") - before[1] == ran
     assert client.metric('mor_requests_total{outcome="done"}') >= 1
     assert client.metric("mor_requests_running") == 0
+    assert client.metric("mor_rows_total") >= client.metric("mor_ticks_total") > 0
+    for recursion in range(4):
+        assert client.metric(f'mor_kv_bytes{{recursion="{recursion}"}}') == 0
 
 
 def test_the_page_asks_nothing_of_others(client):

@@ -47,12 +47,18 @@ def test_a_body_that_does_not_fit_gets_a_clear_error(client, body: Any, status: 
     if status != 200:
         error = answer.json["error"]
         assert set(error) == {"message", "type", "param", "code"} and said in error["message"]
+    if status != 200 and isinstance(body, dict):  # a stream says so before it begins
+        assert client.post("/v1/completions", {**body, "stream": True}).status == status
     client.wait_idle()
 
 
-def test_errors_of_a_stream_come_before_it_begins(client):
-    body = {"prompt": "x", "stream": True, "temperature": -1}
-    assert client.post("/v1/completions", body).status == 400
+def test_the_log_has_prompts_only_where_asked(start, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="mor")
+    for log_prompts in (False, True):
+        with start(log_prompts=log_prompts) as client:
+            caplog.clear()
+            client.post("/v1/completions", {"prompt": "the old red house", "max_tokens": 3})
+        assert ("the old red house" in caplog.text) == log_prompts
 
 
 def test_other_paths_and_methods_have_the_same_shape(client):
