@@ -20,6 +20,7 @@ from mor.log import logger
 from mor.serve.config import ServeConfig
 from mor.serve.metrics import Metrics
 from mor.serve.protocol import (
+    ChatMessage,
     ChatRequest,
     Common,
     CompletionRequest,
@@ -29,7 +30,7 @@ from mor.serve.protocol import (
     head_of,
     usage_of,
 )
-from mor.serve.tools import Scanner, format_of
+from mor.serve.tools import Scanner, Tool, format_of
 from mor.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Service:
         config: ServeConfig,
         metrics: Metrics,
         *,
+        vocab_size: int,
         num_recursions: int,
         trained_depth: float,
         depth_points: DepthPoints,
@@ -77,6 +79,7 @@ class Service:
     ) -> None:
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
         self.config, self.metrics = config, metrics
+        self.vocab_size = vocab_size
         self.num_recursions, self.trained_depth = num_recursions, trained_depth
         self.depth_points = depth_points
         self.tool_format = format_of(template.source)
@@ -237,7 +240,7 @@ class Service:
                 task.cancel()
         choices = []
         for place, output in enumerate(outputs):
-            echoed = self._echo(body, place, output)
+            echoed = self._prompt_text(body, place, prompts[place]) if body.echo else ""
             for answer in output.outputs:
                 choice: dict[str, Any] = {
                     "index": len(choices),
@@ -252,11 +255,9 @@ class Service:
         head = head_of("text_completion", request_id, self.config.served_model_name)
         return {**head, "choices": choices, "usage": usage_of(outputs) | self._told(params)}
 
-    def _echo(self, body: CompletionRequest, place: int, output: RequestOutput) -> str:
-        if not body.echo:
-            return ""
+    def _prompt_text(self, body: CompletionRequest, place: int, ids: list[int]) -> str:
         prompt = body.prompts()[place]
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(output.prompt_token_ids)
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
 
     def _completion_logprobs(
         self,
@@ -314,7 +315,11 @@ class Service:
 
         def choice(place: int, piece: StepOutput) -> dict[str, Any]:
             index = place * body.n + piece.index
-            logprobs = None
+            text, logprobs = piece.text, None
+            if body.echo and index not in offsets:
+                text = self._prompt_text(body, place, prompts[place])
+                offsets[index] = len(text)
+                text += piece.text
             if body.logprobs is not None and piece.logprobs:
                 names = [self.token_text(p.token) for p in piece.logprobs]
                 at = offsets.get(index, 0)
@@ -322,31 +327,30 @@ class Service:
                 offsets[index] = at + sum(map(len, names))
             told: dict[str, Any] = {
                 "index": index,
-                "text": piece.text,
+                "text": text,
                 "logprobs": logprobs,
                 "finish_reason": piece.finish_reason,
             }
             return told | (depths_of(piece) if body.return_depths else {})
 
-        if body.echo:
-            for place, prompt in enumerate(body.prompts()):
-                text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-                for index in range(place * body.n, (place + 1) * body.n):
-                    first = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-                    offsets[index] = len(text)
-                    yield event({**head, "choices": [first]})
         async for one in self._events(body, prompts, params, request_id, head, choice):
             yield one
 
     # /v1/chat/completions
 
-    def chat_ids(self, body: ChatRequest) -> list[int]:
-        """Return the prompt; where a tool has to be called, it ends with how a call begins."""
-        tools = [tool.model_dump(exclude_none=True) for tool in body.offered()]
+    def template_ids(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[int]:
+        """Return a conversation's ids; ApiError for one that the template refuses."""
         try:
-            ids = self.template.encode([message.plain() for message in body.messages], tools=tools)
+            return self.template.encode(
+                [message.plain() for message in messages],
+                tools=[tool.model_dump(exclude_none=True) for tool in tools],
+            )
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+
+    def chat_ids(self, body: ChatRequest) -> list[int]:
+        """Return the prompt; where a tool has to be called, it ends with how a call begins."""
+        ids = self.template_ids(body.messages, body.offered())
         if body.forced() and self.tool_format is not None:
             mark = self.tokenizer.token_ids.get(self.tool_format.lead)
             ids += self.tokenizer.encode(self.tool_format.lead) if mark is None else [mark]
@@ -419,13 +423,13 @@ class Service:
     ) -> AsyncIterator[str]:
         head = head_of("chat.completion.chunk", request_id, self.config.served_model_name)
         scanners = [self.scanner(body) for _ in range(body.n)]
-        for index in range(body.n):
-            first = {"role": "assistant", "content": ""}
-            begun = {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
-            yield event({**head, "choices": [begun]})
+        begun: set[int] = set()
 
         def choice(place: int, piece: StepOutput) -> dict[str, Any]:
             scanner, text, delta = scanners[piece.index], piece.text, dict[str, Any]()
+            if piece.index not in begun:  # not before: clients take the first event for a token
+                begun.add(piece.index)
+                delta |= {"role": "assistant", "content": ""}
             if scanner is not None:
                 first = scanner.num_calls
                 text, calls = scanner.push(text, is_last=piece.finish_reason is not None)

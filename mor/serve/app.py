@@ -138,7 +138,7 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         if body.messages:
-            ids = service.template.encode([message.plain() for message in body.messages])
+            ids = service.template_ids(body.messages, body.tools or ())
         elif body.prompt is not None:
             ids = service.prompt_ids(body.prompt)
         else:
@@ -147,6 +147,10 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        last = service.vocab_size - 1
+        outside = [token for token in body.tokens if not 0 <= token <= last]
+        if outside:
+            raise ApiError(400, f"tokens: {outside[0]} is no token; ids go from 0 to {last}")
         return {"prompt": service.tokenizer.decode(body.tokens)}
 
     @app.post("/v1/completions")

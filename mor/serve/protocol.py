@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mor.engine.outputs import RequestOutput
 from mor.engine.params import SamplingParams
 from mor.engine.sampler import TokenLogprobs
-from mor.serve.tools import ToolFields
+from mor.serve.tools import Tool, ToolFields
 
 DepthPoints = Mapping[str, float | None]
 """mean depths by name; None for the model's thresholds as trained"""
@@ -150,8 +150,9 @@ class ChatMessage(BaseModel):
     def _text(self) -> str:
         if not isinstance(self.content, list):
             return self.content or ""
-        texts = [part.get("text") for part in self.content if part.get("type") == "text"]
-        if len(texts) < len(self.content) or not all(isinstance(text, str) for text in texts):
+        given = [part.get("text") for part in self.content if part.get("type") == "text"]
+        texts = [text for text in given if isinstance(text, str)]
+        if len(texts) < len(self.content):
             raise ValueError("content has parts that are not text; this model reads text alone")
         return "".join(texts)
 
@@ -179,6 +180,7 @@ class TokenizeRequest(BaseModel):
 
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
 
 
 class DetokenizeRequest(BaseModel):

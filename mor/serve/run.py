@@ -69,6 +69,7 @@ def open_service(folder: Path, config: ServeConfig) -> Service:
         ChatTemplate.load(folder, tokenizer),
         config,
         metrics,
+        vocab_size=engine.model.config.vocab_size,
         num_recursions=engine.model.config.num_recursions,
         trained_depth=engine.model.config.capacity_depth,
         depth_points=depth_points(folder, engine.model.config),
