@@ -498,6 +498,8 @@ def run_bench_serve(args: BenchServe) -> dict[str, Any]:
         "?" if result["ttft_p50_ms"] is None else f"{result['ttft_p50_ms']:.0f}",
         result["errors"] or "none",
     )
+    if "ratio" in result:
+        logger.info("the server runs at %.3f of the bare engine", result["ratio"])
     return result
 
 

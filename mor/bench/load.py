@@ -48,10 +48,14 @@ def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
     Raises ValueError when the server cannot be reached or lists no model, or for a trace or text
     that does not fit
     """
-    return asyncio.run(_run(config))
+    if config.bare is not None:
+        from mor.bench.load_bare import bench_bare
+
+        return bench_bare(config.bare, config)
+    return asyncio.run(send_load(config))
 
 
-async def _run(config: BenchServeConfig) -> dict[str, Any]:
+async def send_load(config: BenchServeConfig) -> dict[str, Any]:
     key = os.environ.get(config.api_key_env, "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = aiohttp.ClientTimeout(total=config.timeout_s)
@@ -84,7 +88,7 @@ async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
 
 def _bodies(config: BenchServeConfig, model: str) -> Iterator[tuple[float, dict[str, Any]]]:
     """Yield when each request is due, in seconds, and what is asked."""
-    requests = _requests(config)
+    requests = load_requests(config)
     draw, due_s = random.Random(config.seed + 1), 0.0
     text, at = _text(config), 0
     for index, request in enumerate(requests):
@@ -111,7 +115,8 @@ def _bodies(config: BenchServeConfig, model: str) -> Iterator[tuple[float, dict[
             due_s += draw.expovariate(config.rate)
 
 
-def _requests(config: BenchServeConfig) -> Sequence[RequestSpec]:
+def load_requests(config: BenchServeConfig) -> Sequence[RequestSpec]:
+    """Return the requests, those that warm up first."""
     if config.trace is None:
         count = config.num_requests + config.warmup
         return make_trace(count, config.mix, vocab_size=config.vocab_size, seed=config.seed)

@@ -16,6 +16,11 @@ class BenchServeConfig:
 
     url: str = "http://127.0.0.1:8000"
     """server that speaks OpenAI's API, without the /v1"""
+    bare: Path | None = None
+    """model folder: start a server of it, run the same requests on its bare engine in turns with
+    it, and say what the server loses; instead of --url"""
+    rounds: int = 3
+    """turns with --bare"""
     model: str = ""
     """name of the model; the first that the server lists unless given"""
     endpoint: Literal["completions", "chat"] = "completions"
@@ -46,7 +51,7 @@ class BenchServeConfig:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is {self.url!r}; give one with http:// or https://")
-        for name in ("num_requests", "concurrency", "vocab_size"):
+        for name in ("num_requests", "concurrency", "vocab_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.warmup < 0:
@@ -54,6 +59,8 @@ class BenchServeConfig:
         for name in ("rate", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
+        if self.bare is not None and (self.endpoint == "chat" or self.text or self.trace):
+            raise ValueError("bare compares completions of random token ids; leave out the others")
         if self.endpoint == "chat" and self.text is None:
             raise ValueError("chat takes text, not token ids; give --text FILE")
         if not 0 <= self.seed < 2**63:

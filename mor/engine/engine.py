@@ -88,6 +88,8 @@ class Engine:
         self.requests: dict[str, list[Request]] = {}
         self.callbacks: dict[str, OnOutput] = {}
         self._ids = itertools.count()
+        self.num_drawn = 0
+        """tokens drawn for all requests"""
         self._build_state(num_pages)
         self.periods = PeriodChooser(lambda: self.runner.measure(config.max_num_seqs))
         self.intake = Intake(
@@ -247,6 +249,7 @@ class Engine:
     ) -> list[Request]:
         """Note what was drawn, -1 where nothing could be; returns the requests that go on."""
         now = time.perf_counter()
+        self.num_drawn += len(drawing)
         going_on = []
         for place, (request, piece, _) in enumerate(drawing):
             token = tokens[place]

@@ -60,6 +60,8 @@ class Scheduler:
         """rows of all ticks together"""
         self.active_share = np.ones(num_recursions)
         """running mean of the share of tokens active at each recursion"""
+        self.depth_counts = np.zeros(num_recursions, np.int64)
+        """tokens that went through, by their depth"""
 
     @property
     def has_work(self) -> bool:
@@ -284,8 +286,9 @@ class Scheduler:
         request.entry = None
 
     def see_depths(self, depths: Sequence[int]) -> None:
-        """Move the mean shares by the depths of tokens that went through."""
+        """Count the depths of tokens that went through, and move the mean shares by them."""
         at_depth = np.bincount(depths, minlength=self.num_recursions + 1)[1:]
+        self.depth_counts += at_depth
         shares = at_depth[::-1].cumsum()[::-1] / len(depths)
         weight = min(0.1, len(depths) / 256)
         self.active_share += weight * (shares - self.active_share)

@@ -28,6 +28,8 @@ class _Reader(NamedTuple):
 
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[StepOutput | BaseException]
+    wants_all: bool
+    """every piece, or only the last of each answer"""
 
 
 class AsyncEngine:
@@ -48,15 +50,21 @@ class AsyncEngine:
         await self.close()
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        only_last: bool = False,
     ) -> AsyncGenerator[StepOutput, None]:
         """Yield the pieces of a request's answers as ticks bring them.
 
+        only_last  yield the last piece of each answer alone; the event loop sleeps meanwhile
         Leaving the iterator, or cancelling the task, ends the request within a tick.
         Raises ValueError for what cannot be served, EngineFault when a tick failed
         """
         loop = asyncio.get_running_loop()
-        reader = _Reader(loop, asyncio.Queue())
+        reader = _Reader(loop, asyncio.Queue(), not only_last)
         added: asyncio.Future[str] = loop.create_future()
 
         def add() -> None:
@@ -135,7 +143,7 @@ class AsyncEngine:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, StepOutput]]] = {}
         for piece in pieces:
             reader = self._readers.get(piece.request_id)
-            if reader is not None:
+            if reader is not None and (reader.wants_all or piece.finish_reason is not None):
                 if piece.finish_reason is not None and self._engine.is_done(piece.request_id):
                     piece.result = self._engine.result(piece.request_id)
                 by_loop.setdefault(reader.loop, []).append((reader, piece))

@@ -156,15 +156,13 @@ class Service:
             raise ApiError(400, str(error)) from error
 
     async def pieces(
-        self, ids: list[int], params: SamplingParams, request_id: str
+        self, ids: list[int], params: SamplingParams, request_id: str, *, only_last: bool = False
     ) -> AsyncIterator[StepOutput]:
         """Yield a request's pieces within its deadline, and count what came of it."""
         self.metrics.begin(request_id)
+        found = self.engine.generate(ids, params, request_id=request_id, only_last=only_last)
         try:
-            async with (
-                asyncio.timeout(self.config.request_timeout_s),
-                aclosing(self.engine.generate(ids, params, request_id=request_id)) as stream,
-            ):
+            async with asyncio.timeout(self.config.request_timeout_s), aclosing(found) as stream:
                 async for piece in stream:
                     self.metrics.piece(request_id, piece)
                     if piece.error is not None:
@@ -210,7 +208,8 @@ class Service:
     async def whole(self, ids: list[int], params: SamplingParams, request_id: str) -> RequestOutput:
         """Return a request's answers when all are there."""
         result = None
-        async with aclosing(self.pieces(ids, params, request_id)) as pieces:  # pyrefly: ignore
+        found = self.pieces(ids, params, request_id, only_last=True)
+        async with aclosing(found) as pieces:  # pyrefly: ignore
             async for piece in pieces:
                 result = piece.result or result
         if result is None:
@@ -461,38 +460,54 @@ class Service:
         choice: Callable[[int, StepOutput], dict[str, Any]],
     ) -> AsyncIterator[str]:
         """Yield the events of several prompts as they come, usage and end behind them."""
-        pieces: asyncio.Queue[tuple[int, StepOutput | BaseException | None]] = asyncio.Queue()
+        results: list[RequestOutput] = []
+        try:
+            async with aclosing(self._merged(prompts, params, request_id)) as pieces:  # pyrefly: ignore
+                async for place, piece in pieces:
+                    if piece.result is not None:
+                        results.append(piece.result)
+                    if piece.text or piece.finish_reason or piece.logprobs or body.return_depths:
+                        yield event({**head, "choices": [choice(place, piece)]})
+        except ApiError as error:
+            yield event(error.body)
+            return
+        if body.includes_usage:
+            usage = usage_of(results) | self._told(params)
+            yield event({**head, "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+
+    async def _merged(
+        self, prompts: Sequence[list[int]], params: SamplingParams, request_id: str
+    ) -> AsyncIterator[tuple[int, StepOutput]]:
+        """Yield the pieces of all prompts with the prompt's place, as they come."""
+        if len(prompts) == 1:
+            async with aclosing(self.pieces(prompts[0], params, f"{request_id}-0")) as stream:  # pyrefly: ignore
+                async for piece in stream:
+                    yield 0, piece
+            return
+        found: asyncio.Queue[tuple[int, StepOutput | ApiError | None]] = asyncio.Queue()
 
         async def follow(place: int, ids: list[int]) -> None:
             try:
                 name = f"{request_id}-{place}"
                 async with aclosing(self.pieces(ids, params, name)) as stream:  # pyrefly: ignore
                     async for piece in stream:
-                        pieces.put_nowait((place, piece))
+                        found.put_nowait((place, piece))
             except ApiError as error:
-                pieces.put_nowait((place, error))
-            pieces.put_nowait((place, None))
+                found.put_nowait((place, error))
+            found.put_nowait((place, None))
 
         tasks = [asyncio.create_task(follow(place, ids)) for place, ids in enumerate(prompts)]
-        results: list[RequestOutput] = []
         try:
             left = len(tasks)
             while left:
-                place, piece = await pieces.get()
+                place, piece = await found.get()
+                if isinstance(piece, ApiError):
+                    raise piece
                 if piece is None:
                     left -= 1
-                elif isinstance(piece, ApiError):
-                    yield event(piece.body)
-                    return
-                elif isinstance(piece, StepOutput):
-                    if piece.result is not None:
-                        results.append(piece.result)
-                    if piece.text or piece.finish_reason or piece.logprobs or body.return_depths:
-                        yield event({**head, "choices": [choice(place, piece)]})
-            if body.includes_usage:
-                usage = usage_of(results) | self._told(params)
-                yield event({**head, "choices": [], "usage": usage})
-            yield "data: [DONE]\n\n"
+                else:
+                    yield place, piece
         finally:
             for task in tasks:
                 task.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
@@ -222,6 +223,8 @@ class EventStream(Response):
     def __init__(self, events: AsyncIterator[str], config: ServeConfig) -> None:
         super().__init__()
         self.events, self.config = events, config
+        self.sending_since = math.inf
+        """since when a piece waits for its reader; infinite while none does"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def gone() -> None:
@@ -230,28 +233,31 @@ class EventStream(Response):
 
         watch = asyncio.create_task(gone())
         work = asyncio.create_task(self._send(send))
+        guard = asyncio.create_task(self._guard())
         try:
-            await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({watch, work, guard}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
         finally:
-            for one in (watch, work):
+            for one in (watch, work, guard):
                 one.cancel()
-            await asyncio.gather(watch, work, return_exceptions=True)
+            await asyncio.gather(watch, work, guard, return_exceptions=True)
             await self.events.aclose()  # pyrefly: ignore
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
         async for one in self.events:
-            try:
-                async with asyncio.timeout(self.config.stall_timeout_s):
-                    await send(_body(one.encode(), more=True))
-            except TimeoutError:
-                logger.warning(
-                    "a reader took no piece for %g s and is let go", self.config.stall_timeout_s
-                )
-                raise
+            self.sending_since = time.monotonic()
+            await send(_body(one.encode(), more=True))
+            self.sending_since = math.inf
         await send(_body(b"", more=False))
+
+    async def _guard(self) -> None:
+        """Return when the reader has taken nothing for too long."""
+        limit_s = self.config.stall_timeout_s
+        while (waited_s := time.monotonic() - self.sending_since) < limit_s:
+            await asyncio.sleep(min(limit_s, limit_s - waited_s))
+        logger.warning("a reader took no piece for %g s and is let go", limit_s)
 
 
 def _body(data: bytes, *, more: bool) -> Message:

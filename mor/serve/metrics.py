@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 from mor.engine.outputs import StepOutput
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 OUTCOMES = ("done", "cancelled", "failed", "timeout", "refused")
-
 
 Read = Callable[[], float | Mapping[str, float]]
 
@@ -20,28 +25,27 @@ Read = Callable[[], float | Mapping[str, float]]
 class Metrics:
     """Counters of requests and tokens, times, depths; the engine's state is read when asked."""
 
-    def __init__(self, max_depth: int) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         own = {"registry": self.registry}
         self.requests = Counter("mor_requests", "Requests by outcome", ["outcome"], **own)
         for outcome in OUTCOMES:
             self.requests.labels(outcome)
         self.refused = Counter("mor_queue_refused", "Requests refused by a full queue", **own)
-        self.tokens = Counter("mor_tokens", "Tokens drawn", **own)
         self.prompt_tokens = Counter("mor_prompt_tokens", "Prompt tokens of ended requests", **own)
         self.ttft = Histogram(
-            "mor_time_to_first_token_seconds", "From arrival", buckets=SECONDS, **own
+            "mor_time_to_first_token_seconds",
+            "From arrival, of ended requests",
+            buckets=SECONDS,
+            **own,
         )
         self.gap = Histogram(
-            "mor_inter_token_seconds", "Between pieces of a request", buckets=SECONDS, **own
+            "mor_inter_token_seconds", "Between pieces of a stream", buckets=SECONDS, **own
         )
-        buckets = tuple(float(depth) for depth in range(1, max_depth + 1))
-        self.depth = Histogram(
-            "mor_token_depth", "Recursions that a token took", buckets=buckets, **own
-        )
+        self._depths: Callable[[], Sequence[int]] = lambda: ()
         self._reads: list[tuple[type[Metric], str, str, str, Read]] = []
         self.registry.register(self)  # pyrefly: ignore
-        self._began: dict[str, float] = {}
+        self._open: set[str] = set()
         self._last: dict[str, float] = {}
 
     def gauge(self, name: str, about: str, read: Read, *, label: str = "") -> None:
@@ -52,6 +56,10 @@ class Metrics:
         """Add a number that only grows and that somebody else keeps."""
         self._reads.append((CounterMetricFamily, name, about, label, read))
 
+    def depths(self, read: Callable[[], Sequence[int]]) -> None:
+        """Take tokens by depth, 1 first, from somebody who counts them."""
+        self._depths = read
+
     def collect(self) -> Iterator[Metric]:
         """Read all of them; what a registry asks for."""
         for kind, name, about, label, read in self._reads:
@@ -60,28 +68,33 @@ class Metrics:
             for value, number in found.items() if isinstance(found, Mapping) else [("", found)]:
                 family.add_metric([value] if label else [], number)  # pyrefly: ignore
             yield family
+        counts = [int(count) for count in self._depths()]
+        upto = list(itertools.accumulate(counts, initial=0))[1:]
+        buckets = [(f"{d}.0", float(n)) for d, n in enumerate(upto, 1)]
+        yield HistogramMetricFamily(
+            "mor_token_depth",
+            "Recursions that a token took",
+            buckets=[*buckets, ("+Inf", float(sum(counts)))],
+            sum_value=float(sum(d * n for d, n in enumerate(counts, 1))),
+        )
 
     def begin(self, request_id: str) -> None:
-        self._began[request_id] = time.perf_counter()
+        self._open.add(request_id)
 
     def piece(self, request_id: str, piece: StepOutput) -> None:
-        """Count what a tick brought."""
-        now = time.perf_counter()
+        """Count what a piece of a stream, or the last of an answer, brought."""
         if piece.token_ids:
-            last = self._last.get(request_id)
-            if last is None:
-                self.ttft.observe(now - self._began[request_id])
-            else:
+            now, last = time.perf_counter(), self._last.get(request_id)
+            if last is not None:
                 self.gap.observe(now - last)
             self._last[request_id] = now
-            self.tokens.inc(len(piece.token_ids))
-        for depth in piece.depths:
-            self.depth.observe(depth)
         if piece.result is not None:
+            self.ttft.observe(piece.result.ttft_s)
             self.prompt_tokens.inc(len(piece.result.prompt_token_ids))
 
     def end(self, request_id: str, outcome: str) -> None:
-        if self._began.pop(request_id, None) is not None:
+        if request_id in self._open:
+            self._open.remove(request_id)
             self.requests.labels(outcome).inc()
         self._last.pop(request_id, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,49 @@ def serve(folder: Path, config: ServeConfig) -> dict[str, Any]:
     Raises ValueError for a folder or settings that do not fit
     """
     keys = Keys(config)
-    service = open_service(folder, config)
+    with bind(config.host, config.port) as listener:  # first: loading takes longer than a mistake
+        _run(open_service(folder, config), config, keys, listener)
+    return {"model": str(folder)}
+
+
+def _run(service: Service, config: ServeConfig, keys: Keys, listener: socket.socket) -> None:
     app = build_app(service, config, keys)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not keys.are_wanted:
         logger.warning("%s is open to others and no API key is wanted", config.host)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=config.host,
-            port=config.port,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=max(1, round(config.drain_s)),
             server_header=False,
         )
     )
-    logger.info("http://%s:%d serves %s; Ctrl-C ends it", config.host, config.port, folder)
-    server.run()
-    return {"model": str(folder)}
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    port, name = listener.getsockname()[1], config.served_model_name
+    logger.info("http://%s:%d serves %s; Ctrl-C ends it", host, port, name)
+    server.run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address without listening yet; ValueError where it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"{host} port {port} cannot be had ({error.strerror or error}); "
+            "give others with --host and --port"
+        ) from error
+    return listener
 
 
 def open_service(folder: Path, config: ServeConfig) -> Service:
@@ -61,7 +87,7 @@ def open_service(folder: Path, config: ServeConfig) -> Service:
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer.json; a server needs one")
-    metrics = Metrics(engine.model.config.num_recursions)
+    metrics = Metrics()
     watch(metrics, engine)
     return Service(
         AsyncEngine(engine),
@@ -119,6 +145,8 @@ def watch(metrics: Metrics, engine: Engine) -> None:
     gauge("mor_requests_waiting", "Requests that wait", lambda: len(engine.scheduler.waiting))
     gauge("mor_pages_free", "Free pages of keys and values", lambda: len(engine.blocks.free))
     gauge("mor_pages", "Pages of keys and values", lambda: engine.blocks.num_pages)
+    metrics.depths(lambda: engine.scheduler.depth_counts.tolist())
+    counter("mor_tokens", "Tokens drawn", lambda: engine.num_drawn)
     counter("mor_ticks", "Ticks of the engine", lambda: engine.scheduler.tick)
     counter("mor_rows", "Rows of all ticks", lambda: engine.scheduler.num_rows_run)
     counter("mor_preemptions", "Requests put off", lambda: engine.scheduler.num_preemptions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -279,29 +280,47 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, capsys):
     assert "is not a model folder" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_told_before_the_model_loads(tiny_run: Path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tiny_run / "model"), "--port", str(port)]) == 2
+    told = capsys.readouterr().err
+    assert f"127.0.0.1 port {port} cannot be had" in told and "CPU kernels" not in told
+    assert main(["serve", str(tiny_run / "model"), "--host", "nowhere.invalid"]) == 2
+    assert "nowhere.invalid port 8000 cannot be had" in capsys.readouterr().err
+
+
+def started(folder: Path, port: int = 0) -> tuple[subprocess.Popen[str], int]:
+    """Start a server in a process of its own; returns it and its port when it is ready."""
+    command = [sys.executable, "-m", "mor", "serve", str(folder), "--port", str(port)]
+    server = subprocess.Popen([*command, "--dtype", "float32"], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    while not (found := re.search(r"http://127.0.0.1:(\d+)", server.stderr.readline())):
+        assert server.poll() is None
+    port = int(found.group(1))
+    wait_for(lambda: ask(port, "GET", "/ready") == 200)
+    return server, port
+
+
+def ask(port: int, method: str, path: str, body: Any = None) -> int | str:
+    """Return a status, or the text of a completion; 0 where nobody answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+        return json.loads(text)["choices"][0]["text"] if body is not None else response.status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
+
+
 @pytest.mark.slow
 def test_sigterm_lets_running_requests_end(tiny_run: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mor", "serve", str(tiny_run / "model"), "--port", str(port)]
-    server = subprocess.Popen([*command, "--dtype", "float32"], stderr=subprocess.PIPE, text=True)
+    server, port = started(tiny_run / "model")
     try:
-
-        def is_ready() -> bool:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            try:
-                connection.request("GET", "/ready")
-                return connection.getresponse().status == 200
-            except OSError:
-                return False
-            finally:
-                connection.close()
-
-        end_s = time.monotonic() + 60
-        while not is_ready():
-            assert time.monotonic() < end_s and server.poll() is None
-            time.sleep(0.1)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         body = json.dumps({**LONG, "stream": True})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -313,3 +332,58 @@ def test_sigterm_lets_running_requests_end(tiny_run: Path):
     finally:
         server.kill()
         server.communicate()
+
+
+@pytest.mark.slow
+def test_sigkill_leaves_nobody_waiting_and_the_next_server_answers_alike(tiny_run: Path):
+    server, port = started(tiny_run / "model")
+    try:
+        wanted = ask(port, "POST", "/v1/completions", LONG)
+        answers: list[int | str] = []
+        many = {**LONG, "prompt": ["the cat"] * 64}
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(ask(port, "POST", "/v1/completions", many))
+            )
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        server.kill()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive(), "a client hangs"
+        assert set(answers) <= {0, wanted}
+        server.communicate()
+        server, _ = started(tiny_run / "model", port)
+        assert ask(port, "POST", "/v1/completions", LONG) == wanted
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.mark.slow
+def test_five_hundred_open_requests(start):
+    with start(max_num_seqs=32, max_queue=500) as client:
+        wanted = client.post("/v1/completions", LONG).text.split('"choices"')[1].split('"usage"')[0]
+        found: list[str] = []
+
+        def one(number: int) -> None:
+            body = {**LONG, "stream": number % 2 == 1}
+            answer = client.post("/v1/completions", body)
+            if number % 2:
+                text = "".join(c["text"] for e in answer.events for c in e["choices"])
+                found.append(text if answer.status == 200 else str(answer.status))
+            else:
+                found.append(answer.text.split('"choices"')[1].split('"usage"')[0])
+
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(500)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        client.wait_idle()
+        whole = json.loads('{"choices"' + wanted.rstrip(",") + "}")["choices"][0]["text"]
+        assert len(found) == 500 and set(found) == {wanted, whole}
+        assert client.metric("mor_requests_running") == client.metric("mor_requests_waiting") == 0
