@@ -18,7 +18,7 @@ from mor.bench.config import BenchTrainConfig
 from mor.bench.load_config import BenchServeConfig
 from mor.bench.serve_config import BenchDecodeConfig, BenchPrefillConfig
 from mor.config import ModelConfig
-from mor.convert.config import ConvertConfig
+from mor.convert.config import ConvertConfig, DistillGatesConfig
 from mor.data.config import PrepareConfig
 from mor.engine.config import Backend
 from mor.engine.params import SamplingParams
@@ -90,6 +90,7 @@ class Convert:
     config: tyro.conf.OmitArgPrefixes[ConvertConfig]
     to: Literal["mor", "llama"] = "mor"
     """llama unrolls a MoR folder whose gates are all 1 into a plain Llama"""
+    distill: tyro.conf.OmitArgPrefixes[DistillGatesConfig]
     json: bool = False
     """print one JSON object as the last line"""
 
@@ -321,6 +322,12 @@ def run_train(args: Train) -> dict[str, Any]:
 
 
 def run_convert(args: Convert) -> dict[str, Any]:
+    if args.distill.distill_gates:
+        if args.to != "llama":
+            raise ValueError("--distill-gates makes a Llama; give --to llama with it")
+        from mor.convert.distill_gates import distill_gates
+
+        return distill_gates(Path(args.parent), args.out, args.distill)
     if args.to == "llama":
         from mor.convert.llama import to_llama
 

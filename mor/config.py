@@ -66,7 +66,11 @@ class ModelConfig:
     num_recursions: int = 1
     """R, how often the shared block can be applied to a token"""
     sharing: Sharing = "middle_cycle"
-    """which layers are shared; the middle maps and none keep the first and the last layer apart"""
+    """which layers are shared; the middle maps and none keep first and last layer apart"""
+    prelude_layers: int = -1
+    """layers before the block, applied once; -1 for the sharing's own, 0 for cycle and sequence"""
+    coda_layers: int = -1
+    """layers behind the block, applied once; -1 as above"""
     router: RouterKind = "fixed"
     """who decides the depth; fixed gives every token the full depth, random is the control"""
     capacity: tuple[float, ...] = ()
@@ -194,6 +198,9 @@ class ModelConfig:
             ("kv_strategy", KVStrategy),
         ):
             check_choice(name, getattr(self, name), typing.get_args(kind))
+        for name in ("prelude_layers", "coda_layers"):
+            value = getattr(self, name)
+            _require(value >= -1, f"{name} is {value}; give 0 or more, or -1 for the sharing's own")
         own = self.num_own_layers
         shared = self.num_hidden_layers - own
         if shared < self.num_recursions or shared % self.num_recursions:
@@ -341,15 +348,20 @@ class ModelConfig:
     @property
     def num_own_layers(self) -> int:
         """Layers of prelude and coda together, applied once to every token."""
-        return 0 if self.sharing in ("cycle", "sequence") else 2
+        return self.num_prelude_layers + self.num_coda_layers
 
     @property
     def num_prelude_layers(self) -> int:
-        return self.num_own_layers // 2
+        return self._ends if self.prelude_layers < 0 else self.prelude_layers
 
     @property
     def num_coda_layers(self) -> int:
-        return self.num_own_layers // 2
+        return self._ends if self.coda_layers < 0 else self.coda_layers
+
+    @property
+    def _ends(self) -> int:
+        """Layers at either end that a sharing map keeps apart by itself."""
+        return 0 if self.sharing in ("cycle", "sequence") else 1
 
     @property
     def num_block_layers(self) -> int:

@@ -31,6 +31,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("expert_choice", {"router_aux": "router", "router_z_loss_coef": 0.3}),
     ("expert_choice", {"capacity_warmup_steps": 4}),
     ("expert_choice", {"sharing": "none"}),
+    ("expert_choice", {"prelude_layers": 2, "coda_layers": 2, "num_hidden_layers": 10}),
+    ("random", {"prelude_layers": 0, "coda_layers": 2, "sharing": "none"}),
     ("threshold", {"router_bias": True, "router_z_loss_coef": 0.3}),
     ("threshold", {"capacity_warmup_steps": 4, "sharing": "none"}),
     ("random", {"router_body": "mlp", "sharing": "none"}),

@@ -65,6 +65,8 @@ def test_a_config_file_reads_back(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"num_hidden_layers": 9}, "7 shared layers do not divide; use 11"),
+        ({"coda_layers": 3}, "4 shared layers do not divide; use 10"),
+        ({"prelude_layers": -2}, "prelude_layers is -2; give 0 or more, or -1"),
         ({"num_hidden_layers": 4}, "do not divide; use 5"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": 577}, "does not divide by num_attention_heads 9"),

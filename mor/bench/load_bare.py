@@ -42,7 +42,7 @@ def bench_bare(folder: Path, config: BenchServeConfig) -> dict[str, Any]:
     slots = config.concurrency
     settings = EngineConfig(max_num_seqs=slots, max_num_batched_tokens=max(512, 2 * slots))
     engine = Engine.load(folder, settings, dtype=pick_dtype("auto", device), device=device)
-    rounds = []
+    rounds, served = [], dict[str, Any]()
     with started(folder, slots) as url:
         for place in range(config.rounds + 1):
             one = dataclasses.replace(config, url=url, bare=None, seed=config.seed + place)

@@ -26,6 +26,10 @@ class ConvertConfig:
     """times that the shared block is applied; 1 keeps the vanilla model"""
     sharing: Sharing = "middle_cycle"
     """which layers share weights; none keeps all of the parent's and adds routing alone"""
+    prelude_layers: int = -1
+    """layers before the block that are applied once; -1 for what the sharing says"""
+    coda_layers: int = -1
+    """layers behind the block that are applied once; -1 for what the sharing says"""
     init: Init = "average"
     """shared layers from the parent's that they stand for: evenly spaced ones, their average, the
     lower or upper ones, random, or svd: the average, and what each differs by as LoRA"""
@@ -82,3 +86,23 @@ class ConvertConfig:
     def is_exact(self) -> bool:
         """The model at full depth is the parent, layers that were left out apart."""
         return not self.is_shared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillGatesConfig:
+    """Settings of `--distill-gates`. Raises ValueError, in one line, for what does not fit."""
+
+    distill_gates: bool = False
+    """with --to llama: train away gates and exits that no Llama has; needs --data"""
+    data: Path | None = None
+    """text for --distill-gates: a folder that mor prepare --tokenizer MODEL wrote"""
+    distill_tokens: float = 1e6
+    """tokens to train on"""
+    distill_lr: float = 1e-4
+    """learning rate"""
+    distill_context: int = 512
+    """tokens of a sequence"""
+
+    def __post_init__(self) -> None:
+        if self.distill_gates and self.data is None:
+            raise ValueError("--distill-gates needs --data FOLDER, text to learn from")

@@ -124,6 +124,8 @@ def converted_config(parent: Parent, config: ConvertConfig) -> ModelConfig:
     fields: dict[str, Any] = {
         "num_recursions": config.num_recursions,
         "sharing": config.sharing,
+        "prelude_layers": config.prelude_layers,
+        "coda_layers": config.coda_layers,
         "router": config.router,
         "kv_strategy": config.kv_strategy,
         "relax_norms": config.relax_norms,
@@ -141,12 +143,15 @@ def converted_config(parent: Parent, config: ConvertConfig) -> ModelConfig:
     except ValueError as error:
         if "do not divide" not in str(error):
             raise
-        own = 0 if config.sharing in ("cycle", "sequence") else 2
+        ends = 0 if config.sharing in ("cycle", "sequence") else 1
+        given = (config.prelude_layers, config.coda_layers)
+        own = sum(ends if count < 0 else count for count in given)
         R, shared = config.num_recursions, len(kept) - own
         fits = [n for n in range(2, shared + 1) if shared % n == 0]
         raise ValueError(
             f"{shared} shared layers do not divide by num_recursions {R}; drop {shared % R} with "
-            f"--drop-layers, or take one of {fits} recursions"
+            f"--drop-layers, take one of {fits} recursions, or change --prelude-layers and "
+            "--coda-layers"
         ) from error
 
 
@@ -182,7 +187,10 @@ def _history(
     """Say in the model card what was done."""
     settings = {
         name: getattr(config, name)
-        for name in ("num_recursions", "sharing", "init", "router", "gating", "kv_strategy")
+        for name in (
+            *("num_recursions", "sharing", "prelude_layers", "coda_layers", "init", "router"),
+            *("gating", "kv_strategy"),
+        )
     }
     lines = [f"Converted from {parent.name} by `mor convert` with {json.dumps(settings)}."]
     if config.lora_rank:

@@ -6,6 +6,7 @@ for tools that know no recursions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,17 @@ def read_from(file: Path) -> Any:
     return lambda name: read_tensor(file, name)
 
 
+INEXPRESSIBLE: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
+    (lambda c: c.recursion_encoding, "it has recursion encodings"),
+    (lambda c: c.attention_bias or c.qk_norm, "it has biases or head norms, which Llama has not"),
+)
+"""what no Llama has, whatever it learns"""
+
+
 def check_is_llama(model: MoR, folder: Path) -> None:
     """Raise ValueError, naming the reason, where a Llama of the same logits does not exist."""
     config = model.config
-    reasons = []
-    if config.recursion_encoding:
-        reasons.append("it has recursion encodings")
-    if config.attention_bias or config.qk_norm:
-        reasons.append("it has attention_bias or qk_norm, which Llama has not")
+    reasons = [why for is_so, why in INEXPRESSIBLE if is_so(config)]
     if config.kv_strategy != "per_recursion":
         reasons.append(f"kv_strategy is {config.kv_strategy}")
     if config.has_router:
@@ -99,8 +103,8 @@ def check_is_llama(model: MoR, folder: Path) -> None:
                 reasons.append("its thresholds let tokens go before full depth")
     if reasons:
         raise ValueError(
-            f"{folder} is no plain Llama: {'; '.join(reasons)}. --distill-gates, which would train "
-            "the gates away, is not built yet; convert a model of full depth and gates of 1"
+            f"{folder} is no plain Llama: {'; '.join(reasons)}. --distill-gates --data FOLDER "
+            "trains gates and exits away and says what is lost"
         )
 
 

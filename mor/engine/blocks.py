@@ -7,6 +7,7 @@ A token reserves a place at every depth before recursion 1 and gives back what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +36,11 @@ class Layout(NamedTuple):
         """Cut pages for a model; ValueError when own and block layers do not share a size."""
         own, block = config.num_own_layers, config.num_block_layers
         if own and block * block_size % own:
-            raise ValueError(f"block_size is {block_size}; give an even number")
+            step = own // math.gcd(own, block)
+            raise ValueError(
+                f"block_size is {block_size}; with {own} layers outside the block and {block} in "
+                f"it give a multiple of {step}"
+            )
         token_layer = 2 * config.num_key_value_heads * config.head_dim
         return cls(
             own_layers=own,

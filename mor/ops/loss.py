@@ -119,6 +119,52 @@ def linear_distillation_reference(
     return Distilled(loss, entropy.detach(), divergence.detach())
 
 
+def linear_top_distillation_reference(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    label_N: Tensor,
+    share_NK: Tensor,
+    token_NK: Tensor,
+    *,
+    label_weight: float,
+    teacher_weight: float,
+) -> Distilled:
+    """Same sums as `linear_top_distillation`, with whole logits."""
+    kept_N = label_N != IGNORE
+    student_NV = (h_ND @ weight_VD.T)[kept_N].log_softmax(-1)
+    entropy = F.nll_loss(student_NV, label_N[kept_N], reduction="sum")
+    share_NK, token_NK = share_NK[kept_N].to(student_NV.dtype), token_NK[kept_N].long()
+    picked_NK = student_NV.gather(1, token_NK)
+    divergence = (torch.xlogy(share_NK, share_NK) - share_NK * picked_NK).sum()
+    loss = label_weight * entropy + teacher_weight * divergence
+    return Distilled(loss, entropy.detach(), divergence.detach())
+
+
+def linear_top_distillation(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    label_N: Tensor,
+    share_NK: Tensor,
+    token_NK: Tensor,
+    *,
+    label_weight: float,
+    teacher_weight: float,
+    chunk_rows: int = 512,
+) -> Distilled:
+    """Sum the losses of labels and of a teacher's K most likely tokens, chunk by chunk.
+
+    share_NK  their shares, which sum to 1; token_NK: which tokens they are
+    The rest as in `linear_distillation`
+    """
+    device = h_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        h_ND, weight_VD = h_ND.to(dtype), weight_VD.to(dtype)
+    weights = (label_weight, teacher_weight)
+    args = (h_ND, weight_VD, label_N, share_NK, token_NK.long())
+    return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, True))
+
+
 def linear_distillation(
     h_ND: Tensor,
     weight_VD: Tensor,
@@ -145,7 +191,7 @@ def linear_distillation(
         teacher_NE, teacher_VE = teacher_NE.to(dtype), teacher_VE.to(dtype)
     weights = (label_weight, teacher_weight)
     args = (h_ND, weight_VD, label_N, teacher_NE.detach(), teacher_VE.detach())
-    return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows))
+    return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, False))
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -159,7 +205,9 @@ class _LinearDistillation(torch.autograd.Function):
         teacher_VE: Tensor,
         weights: tuple[float, float],
         chunk_rows: int,
+        is_top: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """is_top: the two of the teacher are shares of K tokens, and which they are."""
         needs_h, needs_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(h_ND.dtype, torch.float32)
         grad_h_ND = torch.empty_like(h_ND) if needs_h else None
@@ -175,15 +223,24 @@ class _LinearDistillation(torch.autograd.Function):
                 target_C1 = label_C.where(kept_C, torch.zeros_like(label_C))[:, None]
                 log_CV = F.linear(h_CD, weight_VD).to(wide)
                 log_CV -= log_CV.logsumexp(-1, keepdim=True)
-                teacher_CV = F.linear(teacher_NE[rows], teacher_VE).to(wide)
-                teacher_CV -= teacher_CV.logsumexp(-1, keepdim=True)
-                share_CV = teacher_CV.exp()
                 entropy -= (log_CV.gather(1, target_C1)[:, 0] * kept_C).sum()
-                divergence += ((share_CV * teacher_CV.sub_(log_CV)).sum(-1) * kept_C).sum()
+                token_CK = teacher_VE[rows] if is_top else None
+                if token_CK is not None:
+                    share = teacher_NE[rows].to(wide)
+                    gap = torch.xlogy(share, share) - share * log_CV.gather(1, token_CK)
+                else:
+                    teacher_CV = F.linear(teacher_NE[rows], teacher_VE).to(wide)
+                    teacher_CV -= teacher_CV.logsumexp(-1, keepdim=True)
+                    share = teacher_CV.exp()
+                    gap = share * teacher_CV.sub_(log_CV)
+                divergence += (gap.sum(-1) * kept_C).sum()
                 if grad_h_ND is None and grad_weight_VD is None:
                     continue
                 grad_CV = log_CV.exp_().mul_(label_weight + teacher_weight)
-                grad_CV.sub_(share_CV, alpha=teacher_weight)
+                if token_CK is not None:
+                    grad_CV.scatter_add_(1, token_CK, share * -teacher_weight)
+                else:
+                    grad_CV.sub_(share, alpha=teacher_weight)
                 ones_C1 = torch.full_like(target_C1, -label_weight, dtype=wide)
                 grad_CV.scatter_add_(1, target_C1, ones_C1)
                 grad_CV = grad_CV.mul_(kept_C[:, None]).to(h_ND.dtype)
@@ -207,4 +264,4 @@ class _LinearDistillation(torch.autograd.Function):
             grad_h_ND = grad_h_ND * grad.to(grad_h_ND.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
-        return grad_h_ND, grad_weight_VD, None, None, None, None, None
+        return grad_h_ND, grad_weight_VD, None, None, None, None, None, None

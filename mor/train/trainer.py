@@ -116,7 +116,8 @@ def train(
         take_weights(model, start)
     taught, parent_loss = None, math.nan
     if teacher is not None:
-        taught = Teacher(teacher.folder, recipe.model, teacher.config, dtype=dtype, device=device)
+        folder, asked, cache = teacher
+        taught = Teacher(folder, recipe.model, asked, dtype=dtype, device=device, cache=cache)
         parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
     optimizer = build_optimizer(model, config)
     flops_per_token = training_flops_per_token(recipe.model, config.context)
@@ -204,6 +205,8 @@ class Teaching(NamedTuple):
 
     folder: Path
     config: DistillConfig
+    cache: Path | None = None
+    """folder for the parent's likeliest tokens, where the config asks for `top_k`"""
 
 
 def take_weights(model: MoR, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 [convert]     fields of `mor convert`: sharing, num_recursions, init, lora_rank ..
 [train]       what all stages have; fields of `mor train`
-[distill]     label_weight, teacher_weight, state_weight
+[distill]     label_weight, teacher_weight, state_weight, top_k
 [self]        text that the parent writes, where --data is self: tokens, text_tokens, temperature
 [[stages]]    name, and what is its own in model, train and distill
 """
@@ -51,6 +51,9 @@ class UptrainConfig:
     """folder that `mor prepare --tokenizer PARENT` wrote, or self: text that the parent writes"""
     stages: tuple[str, ...] = ()
     """stages to run now, in their order; all that are not done unless given"""
+    teacher_cache: Path | None = None
+    """folder for what the parent says, where [distill] has top_k; OUT/teacher unless given, and
+    shared by runs on the same text"""
     max_tokens: float = 0
     """tokens of a stage at most, to try a recipe; 0 for what it says"""
     device: str = "auto"
@@ -139,7 +142,7 @@ def _stage(path: Path, data: dict[str, Any], table: dict[str, Any]) -> Stage:
         check_choice(f"{path}: {at}: key", key, ["name", "model", "train", "distill"])
     if not isinstance(name, str) or not name or not name.replace("-", "").isalnum():
         raise ValueError(f"{path}: {at}: name is {name!r}; give letters, digits and -")
-    if name in ("parent", "start", "model", "data"):
+    if name in ("parent", "start", "model", "data", "teacher"):
         raise ValueError(f"{path}: {at}: {name} is the name of another folder; rename the stage")
     model = table.get("model", {})
     check_fields(f"{path}: {at}: model", "model", model)

@@ -122,7 +122,8 @@ def _stage(config: UptrainConfig, stage: Stage, before: Path, data: PreparedData
         model = stage.config(ModelConfig.load(config.out / "start"))
         teacher = None
         if stage.distill is not None:
-            teacher = Teaching(config.out / "parent", stage.distill)
+            cache = config.teacher_cache or config.out / "teacher"
+            teacher = Teaching(config.out / "parent", stage.distill, cache)
         is_begun = (out / "run.json").is_file()
         train(
             Recipe(model=model, train=settings),

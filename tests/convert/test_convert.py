@@ -287,6 +287,55 @@ def test_a_model_that_routes_is_no_llama(
     assert not (tmp_path / "llama").exists()
 
 
+def test_gates_and_exits_are_trained_away(
+    parent: Path, tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    go(parent, tmp_path / "mor", sharing="none")
+    model = load_model(tmp_path / "mor")
+    with torch.no_grad():
+        torch.nn.init.normal_(dict(model.model.router(1).named_parameters())["body.weight"])
+        model.model.router(1).threshold.fill_(0.5)
+    tokenizer = Tokenizer.load(tmp_path / "mor", eos_token=model.config.eos_token_id)
+    save_model(model, tmp_path / "trained", tokenizer=tokenizer)
+    command = ["convert", str(tmp_path / "trained"), str(tmp_path / "llama"), "--distill-gates"]
+    assert main([*command, "--to", "llama"]) == 2
+    assert "--distill-gates needs --data FOLDER" in capsys.readouterr().err
+    command += ["--data", str(tiny_data), "--distill-context", "16"]
+    assert main(command) == 2
+    assert "give --to llama" in capsys.readouterr().err
+    command += ["--distill-tokens", "6000", "--distill-lr", "3e-3", "--to", "llama", "--json"]
+    assert main(command) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["loss"] < told["start_loss"]
+    assert told["max_logit_difference"] < 1e-4 and told["tokens"] >= 6000
+    assert load_model(tmp_path / "llama").config.num_recursions == 1
+    assert (tmp_path / "llama" / "tokenizer.json").is_file()
+    assert not (tmp_path / "llama.distill").exists()
+
+
+@pytest.mark.parametrize("ends", [(2, 2), (0, 2), (3, 1), (2, 0)])
+def test_prelude_and_coda_have_the_sizes_asked_for(
+    parent: Path, tmp_path: Path, ends: tuple[int, int]
+):
+    prelude, coda = ends
+    asked: dict[str, Any] = {"prelude_layers": prelude, "coda_layers": coda}
+    result = go(parent, tmp_path / "own", sharing="none", **asked)
+    assert result["max_logit_difference"] < 1e-4
+    config = load_model(tmp_path / "own").config
+    assert (config.num_prelude_layers, config.num_coda_layers) == ends
+    assert config.num_block_layers == (8 - prelude - coda) // 2
+    go(parent, tmp_path / "shared", sharing="middle_cycle", **asked)
+    theirs = load_model(parent).state_dict()
+    ours = load_model(tmp_path / "shared").state_dict()
+    name = "mlp.up_proj.weight"
+    last = len(load_model(tmp_path / "shared").model.layers)
+    for i in range(prelude):
+        assert torch.equal(ours[f"model.layers.{i}.{name}"], theirs[f"model.layers.{i}.{name}"])
+    for i in range(1, coda + 1):
+        got = ours[f"model.layers.{last - i}.{name}"]
+        assert torch.equal(got, theirs[f"model.layers.{8 - i}.{name}"])
+
+
 def edit(**fields: Any) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -333,7 +382,7 @@ def leave_out(folder: Path) -> None:
         (
             lambda f: None,
             {"num_recursions": 4},
-            r"drop 2 with --drop-layers, or .* \[2, 3, 6\]",
+            r"drop 2 with --drop-layers, .* \[2, 3, 6\]",
         ),
         (
             lambda f: None,

@@ -8,6 +8,8 @@ from mor.ops.loss import (
     linear_cross_entropy_reference,
     linear_distillation,
     linear_distillation_reference,
+    linear_top_distillation,
+    linear_top_distillation_reference,
 )
 
 
@@ -87,6 +89,47 @@ def test_distillation_and_gradients_equal_the_plain_twin(chunk_rows, weights):
         results.append((*out, h.grad, weight.grad))
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.0), (0.0, 2.0)])
+def test_distillation_of_top_tokens_equals_the_plain_twin(chunk_rows, weights):
+    results = []
+    for function in (linear_top_distillation, linear_top_distillation_reference):
+        torch.manual_seed(1)
+        h = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+        best = torch.randn(7, 11, dtype=torch.float64).topk(4)
+        label = torch.tensor([0, 10, -100, 3, 3, -100, 7])
+        options = {"chunk_rows": chunk_rows} if function is linear_top_distillation else {}
+        out = function(
+            h,
+            weight,
+            label,
+            best.values.softmax(-1),
+            best.indices,
+            label_weight=weights[0],
+            teacher_weight=weights[1],
+            **options,
+        )
+        (out.loss * 0.3).backward()
+        results.append((*out, h.grad, weight.grad))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_all_tokens_as_top_tokens_are_the_whole_distribution():
+    torch.manual_seed(2)
+    h, weight, teacher, head = (torch.randn(n, 5) for n in (6, 11, 6, 11))
+    best = (teacher @ head.T).topk(11)
+    weights = {"label_weight": 0.3, "teacher_weight": 0.7}
+    label = torch.arange(6)
+    whole = linear_distillation(h, weight, label, teacher, head, **weights)
+    top = linear_top_distillation(
+        h, weight, label, best.values.softmax(-1), best.indices, **weights
+    )
+    for one, other in zip(whole, top, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_student_that_says_what_its_teacher_says_has_no_divergence():

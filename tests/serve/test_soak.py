@@ -49,9 +49,9 @@ class Soak:
     async def one(self, kind: str, draw: random.Random) -> None:
         """Send a request of a kind and check its answer."""
         if kind == "broken":
-            path, body = broken(draw)
-            status, text = await self.post(path, body)
-            assert status < 500, (body, text)
+            path, data = broken(draw)
+            status, text = await self.post(path, data)
+            assert status < 500, (data, text)
         elif kind == "cancel":
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(draw.random() * 0.02):
@@ -72,7 +72,7 @@ class Soak:
             status, text = await self.post("/v1/completions", body)
             assert status == 200 and len(json.loads(text)["choices"]) == 6, text
         else:
-            body = {**LONG, "stream": kind == "stream"}
+            body: dict[str, Any] = {**LONG, "stream": kind == "stream"}
             if kind == "depth":
                 body["depth"] = draw.choice([1, "low", "medium", "max", 2.5])
             status, text = await self.post("/v1/completions", body)
@@ -155,8 +155,11 @@ async def _soak(pid: int, port: int) -> tuple[list[dict[str, float]], Soak]:
         _, text = await soak.post("/v1/completions", LONG)
         soak.wanted = json.loads(text)["choices"][0]["text"]
         end_s = time.monotonic() + SECONDS
-        workers = [soak.work(number, end_s) for number in range(WORKERS)]
-        rows, *_ = await asyncio.gather(soak.watch(pid, end_s), *workers)
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(soak.watch(pid, end_s))
+            for number in range(WORKERS):
+                group.create_task(soak.work(number, end_s))
+        rows = watch.result()
         _, text = await soak.post("/v1/completions", LONG)
         assert json.loads(text)["choices"][0]["text"] == soak.wanted
         async with session.get("/metrics") as response:

@@ -69,7 +69,7 @@ def recipe(**more: Any) -> Recipe:
 
 
 def teacher_of(parent: Path, **weights: float) -> Teacher:
-    config = DistillConfig(**weights)
+    config = DistillConfig(**weights)  # pyrefly: ignore
     return Teacher(parent, STUDENT, config, dtype=torch.float32, device=CPU)
 
 
@@ -138,6 +138,45 @@ def test_a_run_begins_with_its_start_and_learns_from_the_parent(
     assert any("parent_heldout_loss" in line for line in lines)
     model = load_model(tmp_path / "run" / "model")
     assert (model.config.bos_token_id, model.config.eos_token_id) == (5, 7)
+
+
+def test_top_tokens_are_kept_and_the_parent_runs_once(
+    parent: Path, start: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = PreparedData.open(tiny_data)
+    learnt = DistillConfig(label_weight=0, teacher_weight=1, top_k=8)
+    teaching = Teaching(parent, learnt, tmp_path / "cache")
+    first = train(recipe(), data=data, out=tmp_path / "a", start=start, teacher=teaching)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert files
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "_states", lambda *args: pytest.fail("the parent ran again"))
+        again = train(recipe(), data=data, out=tmp_path / "b", start=start, teacher=teaching)
+    assert again.val_loss == first.val_loss
+    everything = DistillConfig(label_weight=0, teacher_weight=1, top_k=280)
+    few, whole = (
+        train(recipe(), data=data, out=tmp_path / name, start=start, teacher=Teaching(parent, how))
+        for name, how in (
+            ("c", everything),
+            ("d", DistillConfig(label_weight=0, teacher_weight=1)),
+        )
+    )
+    assert few.val_loss == pytest.approx(whole.val_loss, rel=1e-4)
+    files[0].write_bytes(b"x")
+    with pytest.raises(ValueError, match="is broken; remove it"):
+        train(recipe(), data=data, out=tmp_path / "e", start=start, teacher=teaching)
+
+
+def test_a_routed_parent_teaches_as_it_generates(start: Path, tiny_data: Path):
+    data = PreparedData.open(tiny_data)
+    batch = TrainLoader(data.split("train"), row_tokens=16, seed=0, eos_token_id=0).batch(0, 2)
+    student = load_model(start)
+    learnt = DistillConfig(label_weight=0, teacher_weight=1)
+    teacher = Teacher(start, STUDENT, learnt, dtype=torch.float32, device=CPU)
+    out = student(batch.input_ids_BT, segments=batch.segment_BT, rule="causal", keep_states=True)
+    assert float(teacher.losses(student, batch, out).divergence) == pytest.approx(0, abs=1e-4)
+    with pytest.raises(ValueError, match="states are learnt from a vanilla model"):
+        Teacher(start, STUDENT, DistillConfig(state_weight=1), dtype=torch.float32, device=CPU)
 
 
 def test_without_steps_to_speak_of_the_start_is_kept(start: Path, tiny_data: Path, tmp_path: Path):
