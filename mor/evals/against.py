@@ -23,6 +23,7 @@ from mor.data.loader import PreparedData
 from mor.engine.config import EngineConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
+from mor.evals.depth import bound_depth
 from mor.evals.loss import check_tokenizer, measure_split
 from mor.evals.tasks import Subject, answer_tasks, retention, summary
 from mor.files import sha256_file, write_text
@@ -134,18 +135,11 @@ def _depths(folder: Path, device: torch.device, dtype: torch.dtype) -> list[Row]
         return rows
     for depth in range(1, config.num_recursions + 1):
         model = copy.deepcopy(trained.subject.model)
-        hold_depth(model, depth)
+        bound_depth(model, least=depth, most=depth)
         key = trained.subject.key.replace("-0", f"-fixed{depth}")
         subject = trained.subject._replace(model=model, key=key)
         rows.append(Row(f"every token at depth {depth}", folder, subject))
     return rows
-
-
-def hold_depth(model: MoR, depth: int) -> None:
-    """Let every token take exactly so many recursions."""
-    for r in range(model.config.num_recursions):
-        below, above = -1.0, 2.0  # scores are between 0 and 1
-        model.model.router(r).threshold.fill_(below if r < depth else above)
 
 
 def _costs(model: MoR, active: Sequence[float]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mor.checkpoint import WEIGHTS, load_model
+from mor.evals.depth import bound_depth
 from mor.evals.items import TASKS, Item, load_items
 from mor.evals.score import Answer, score_items
 from mor.files import sha256_file
@@ -77,7 +78,7 @@ def run_tasks(
     if kind == torch.bfloat16:
         model = model.to(kind)
     if max_recursions:
-        limit_depth(model, max_recursions)
+        bound_depth(model, most=max_recursions)
     key = f"{sha256_file(folder / WEIGHTS)}-{kind}-{max_recursions}"
     subject = Subject(model, tokenizer, key, kind)
     return {task: _answer(subject, task, some, cache) for task, some in items.items()}
@@ -140,17 +141,6 @@ def evaluate_tasks(
             line["mean_depth"],
         )
     return result
-
-
-def limit_depth(model: MoR, most: int) -> None:
-    """Let no token take more recursions; ValueError for a router that cannot be limited so."""
-    config = model.config
-    if config.router not in ("expert_choice", "threshold"):
-        raise ValueError(
-            f"the router {config.router} has no thresholds, so its depth cannot be limited"
-        )
-    for r in range(most, config.num_recursions):
-        model.model.router(r).threshold.fill_(2.0)  # above every score
 
 
 def _answer(subject: Subject, task: str, items: list[Item], cache: Path | None) -> list[Judged]:

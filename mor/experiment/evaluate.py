@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mor.data.loader import Batch, PreparedData, sequential_batches
+from mor.evals.depth import bounded_depth
 from mor.model.cost import kv_bytes_per_token
 from mor.model.mor import MoR
 from mor.model.router import Rule
@@ -23,8 +23,6 @@ from mor.tokenizer import Tokenizer
 
 BATCH_LOGITS = 2**25
 """logits of a pass at most"""
-NOBODY = 2.0
-"""a threshold above every score"""
 EXAMPLES = 12
 SEEN_AT_LEAST = 20
 """times that a token must stand in the text to be an example"""
@@ -136,22 +134,8 @@ def run_pass(model: MoR, batches: Iterator[Batch], rule: Rule = "causal") -> Pas
 
 
 def _loss_up_to(model: MoR, text: _Text, most: int) -> float:
-    with depth_limit(model, most):
+    with bounded_depth(model, most=most):
         return text.run(model, "val").loss
-
-
-@contextmanager
-def depth_limit(model: MoR, most: int) -> Iterator[None]:
-    """Let no token take more than `most` recursions; for routers that have thresholds."""
-    routers = [model.model.router(r) for r in range(most, model.config.num_recursions)]
-    before = [router.threshold.clone() for router in routers]
-    try:
-        for router in routers:
-            router.threshold.fill_(NOBODY)
-        yield
-    finally:
-        for router, threshold in zip(routers, before, strict=True):
-            router.threshold.copy_(threshold)
 
 
 def depth_by_token(run: Pass, tokenizer: Tokenizer) -> dict[str, Any]:

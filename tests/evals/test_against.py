@@ -13,7 +13,8 @@ from mor.checkpoint import load_model, save_model
 from mor.cli import main
 from mor.config import ModelConfig
 from mor.evals import against
-from mor.evals.against import compare, folders_of, hold_depth
+from mor.evals.against import compare, folders_of
+from mor.evals.depth import bound_depth
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ def test_every_token_takes_the_depth_it_is_held_to(tiny_run: Path):
     model = load_model(tiny_run / "model")
     ids = torch.randint(280, (2, 20))
     for depth in (1, 2, 3):
-        hold_depth(model, depth)
+        bound_depth(model, least=depth, most=depth)
         assert model(ids, rule="causal").depth.unique().tolist() == [depth]
 
 

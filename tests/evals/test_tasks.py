@@ -17,9 +17,10 @@ from support_evals import LINES
 from mor.checkpoint import load_model
 from mor.cli import main
 from mor.evals import tasks as module
+from mor.evals.depth import bound_depth
 from mor.evals.items import TASKS, Item, Request, load_items
 from mor.evals.score import Answer, encode_pair, score_items
-from mor.evals.tasks import judge, limit_depth, retention, run_tasks, summary
+from mor.evals.tasks import judge, retention, run_tasks, summary
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
 
@@ -130,7 +131,7 @@ def test_a_killed_run_goes_on_and_another_model_begins_anew(
 
 
 def test_depth_can_be_limited(model: MoR):
-    limit_depth(model, 1)
+    bound_depth(model, most=1)
     assert model(torch.randint(280, (1, 20)), rule="causal").depth.max() == 1
 
 

@@ -9,7 +9,8 @@ import torch
 
 from mor.checkpoint import load_model
 from mor.data.loader import PreparedData
-from mor.experiment.evaluate import depth_limit, evaluate
+from mor.evals.depth import bounded_depth
+from mor.experiment.evaluate import evaluate
 from mor.model.mor import MoR
 
 
@@ -49,6 +50,6 @@ def test_a_limit_of_depth_holds_and_leaves_the_model_as_it_was(model: MoR):
     before = model(ids).depth
     assert before.max() == 3
     for most in (1, 2):
-        with depth_limit(model, most):
+        with bounded_depth(model, most=most):
             assert model(ids).depth.max() == most
     assert torch.equal(model(ids).depth, before)
