@@ -34,6 +34,7 @@ from mor.log import human_count, logger
 from mor.model.cost import count_params
 from mor.ops.device import describe_machine
 from mor.report import require_report_extra
+from mor.train.config import load_recipe
 from mor.train.metrics import read_metrics
 
 CURVE_POINTS = 60
@@ -245,6 +246,10 @@ class _Run:
         folder = self.config.out / "members" / member.name
         folder.parent.mkdir(exist_ok=True)
         recipe = folder.parent / f"{member.name}.toml"
+        if folder.is_dir() and not (recipe.is_file() and load_recipe(recipe) == member.recipe):
+            raise ValueError(
+                f"{folder} is a training of other settings; remove it, or give another --out"
+            )
         if not (folder / "summary.json").is_file():
             about = f"{member.label}, member {member.name} of {self.experiment.name}"
             write_text(recipe, recipe_toml(member.recipe, about=about))

@@ -172,6 +172,16 @@ def test_results_of_other_settings_are_not_mixed(
         go(only=("same-flops_twin_s0",))
 
 
+def test_a_training_of_other_settings_is_not_taken_for_the_member(
+    started: Started, go: Callable[..., dict[str, Any]], experiment: Path, tmp_path: Path
+):
+    go(only=("same-flops_twin_s0",))
+    (tmp_path / "out" / "results.jsonl").unlink()  # its line dropped, its folder forgotten
+    experiment.write_text(EXPERIMENT.replace("hidden_size = 32", "hidden_size = 64"))
+    with pytest.raises(ValueError, match="is a training of other settings; remove it"):
+        go(only=("same-flops_twin_s0",))
+
+
 def test_two_runs_in_one_folder_are_refused(
     started: Started, go: Callable[..., dict[str, Any]], tmp_path: Path
 ):
