@@ -41,7 +41,8 @@ class ServeConfig:
     drain_s: float = 30.0
     """seconds that requests have to end after SIGTERM"""
     api_key_file: Path | None = None
-    """file of keys, one a line, of which a request must bring one; only hashes are kept"""
+    """file of keys, one a line, of which a request must bring one; a line may hold sha256: and the
+    hex of a key's SHA-256 instead. Only hashes are kept in memory"""
     api_key_env: str = "MOR_API_KEY"
     """environment variable with such a key"""
     cors_origins: tuple[str, ...] = ()
@@ -94,7 +95,7 @@ class Keys:
                 raise ValueError(f"{config.api_key_file} holds no key; write one a line")
         if os.environ.get(config.api_key_env):
             found.append(os.environ[config.api_key_env])
-        self._hashes = [_hash(key) for key in found]
+        self._hashes = [_known(key) for key in found]
 
     @property
     def are_wanted(self) -> bool:
@@ -106,6 +107,20 @@ class Keys:
         given = _hash(key.strip() if kind.lower() == "bearer" else "")
         matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all, always
         return any(matches) or not self._hashes
+
+
+def _known(line: str) -> bytes:
+    """Return the hash that a line of the file stands for."""
+    kind, _, digest = line.partition(":")
+    if kind != "sha256":
+        return _hash(line)
+    try:
+        known = bytes.fromhex(digest)
+    except ValueError:
+        known = b""
+    if len(known) != hashlib.sha256().digest_size:
+        raise ValueError("a line of the key file begins with sha256: and holds no SHA-256 in hex")
+    return known
 
 
 def _hash(key: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import re
@@ -221,6 +222,14 @@ def test_keys_are_kept_as_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Keys(ServeConfig()).allow("")
     with pytest.raises(ValueError, match="does not exist; give a file of keys"):
         Keys(ServeConfig(api_key_file=tmp_path / "none"))
+    digest = hashlib.sha256(b"hashed-key").hexdigest()
+    (tmp_path / "hashed").write_text(f"sha256:{digest}\nplain-key\n")
+    keys = Keys(ServeConfig(api_key_file=tmp_path / "hashed"))
+    assert keys.allow("Bearer hashed-key") and keys.allow("Bearer plain-key")
+    assert not keys.allow(f"Bearer sha256:{digest}") and not keys.allow(f"Bearer {digest}")
+    (tmp_path / "broken").write_text("sha256:12\n")
+    with pytest.raises(ValueError, match="holds no SHA-256 in hex"):
+        Keys(ServeConfig(api_key_file=tmp_path / "broken"))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="holds no key"):
         Keys(ServeConfig(api_key_file=tmp_path / "empty"))
