@@ -495,7 +495,7 @@ def _build(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 _TUPLES = ("capacity", "lora_targets")
-_LATER = ("attention_bias", "qk_norm")
+_LATER = ("attention_bias", "qk_norm", "prelude_layers", "coda_layers")
 """fields that older model folders do not have"""
 _NOT_FIELDS = ("model_type", "format_version", "architectures", "dtype", "transformers_version")
 

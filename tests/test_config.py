@@ -61,6 +61,24 @@ def test_a_config_file_reads_back(tmp_path: Path) -> None:
     assert ModelConfig.load(tmp_path / "config.json") == config
 
 
+FIRST_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim max_position_embeddings rope_theta rms_norm_eps "
+    "tie_word_embeddings initializer_range bos_token_id eos_token_id num_recursions sharing "
+    "router capacity gating router_score router_alpha router_body router_bias router_aux "
+    "router_z_loss_coef capacity_warmup_steps router_threshold_rate router_aux_loss_coef "
+    "router_balance router_balance_loss_coef router_balance_rate router_seed kv_strategy "
+    "relax_norms recursion_encoding lora_rank lora_alpha lora_targets "
+)
+"""what config.json held when folders were first written; it never grows"""
+
+
+def test_a_folder_of_the_first_days_still_loads() -> None:
+    whole = ModelConfig(**ROUTED).to_dict()
+    kept = ("model_type", "format_version", *FIRST_FIELDS.split())
+    assert ModelConfig.from_dict({name: whole[name] for name in kept}) == ModelConfig(**ROUTED)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
