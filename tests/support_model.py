@@ -31,8 +31,6 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("expert_choice", {"router_aux": "router", "router_z_loss_coef": 0.3}),
     ("expert_choice", {"capacity_warmup_steps": 4}),
     ("expert_choice", {"sharing": "none"}),
-    ("expert_choice", {"prelude_layers": 2, "coda_layers": 2, "num_hidden_layers": 10}),
-    ("random", {"prelude_layers": 0, "coda_layers": 2, "sharing": "none"}),
     ("threshold", {"router_bias": True, "router_z_loss_coef": 0.3}),
     ("threshold", {"capacity_warmup_steps": 4, "sharing": "none"}),
     ("random", {"router_body": "mlp", "sharing": "none"}),
@@ -50,6 +48,10 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("token_choice", {"kv_strategy": "shared", "lora_rank": 3, "lora_targets": MOST_TARGETS}),
     ("fixed", {"kv_strategy": "shared", "relax_norms": True}),
     ("fixed", {"lora_rank": 2, "recursion_encoding": True}),
+    ("expert_choice", {"prelude_layers": 2, "coda_layers": 2, "num_hidden_layers": 10}),
+    ("random", {"prelude_layers": 0, "coda_layers": 2, "sharing": "none"}),
+    ("expert_choice", {"prelude_layers": 0, "coda_layers": 2}),
+    ("threshold", {"prelude_layers": 2, "coda_layers": 0}),
 ]
 KINDS = [*ROUTED, ("fixed", "none")]
 THRESHOLDED = ("expert_choice", "threshold")
