@@ -27,6 +27,13 @@ KVStrategy = Literal["per_recursion", "shared", "hybrid"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def end_layers(sharing: Sharing, given: int) -> int:
+    """Return the layers at an end: those given, or what the sharing map keeps apart for -1."""
+    if given >= 0:
+        return given
+    return 0 if sharing in ("cycle", "sequence") else 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a model. `num_recursions = 1` with the `fixed` router is a plain Llama.
@@ -352,16 +359,11 @@ class ModelConfig:
 
     @property
     def num_prelude_layers(self) -> int:
-        return self._ends if self.prelude_layers < 0 else self.prelude_layers
+        return end_layers(self.sharing, self.prelude_layers)
 
     @property
     def num_coda_layers(self) -> int:
-        return self._ends if self.coda_layers < 0 else self.coda_layers
-
-    @property
-    def _ends(self) -> int:
-        """Layers at either end that a sharing map keeps apart by itself."""
-        return 0 if self.sharing in ("cycle", "sequence") else 1
+        return end_layers(self.sharing, self.coda_layers)
 
     @property
     def num_block_layers(self) -> int:

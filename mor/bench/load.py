@@ -56,6 +56,7 @@ def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
 
 
 async def send_load(config: BenchServeConfig) -> dict[str, Any]:
+    """Do what `bench_serve` promises, against config.url."""
     key = os.environ.get(config.api_key_env, "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = aiohttp.ClientTimeout(total=config.timeout_s)

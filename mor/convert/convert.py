@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mor.checkpoint import WEIGHTS, model_card
-from mor.config import ModelConfig
+from mor.config import ModelConfig, end_layers
 from mor.convert.check import TOLERANCE, logits_at_full_depth, probe
 from mor.convert.config import ConvertConfig
 from mor.convert.parent import Parent, open_parent, read_tensor
@@ -143,9 +143,8 @@ def converted_config(parent: Parent, config: ConvertConfig) -> ModelConfig:
     except ValueError as error:
         if "do not divide" not in str(error):
             raise
-        ends = 0 if config.sharing in ("cycle", "sequence") else 1
         given = (config.prelude_layers, config.coda_layers)
-        own = sum(ends if count < 0 else count for count in given)
+        own = sum(end_layers(config.sharing, count) for count in given)
         R, shared = config.num_recursions, len(kept) - own
         fits = [n for n in range(2, shared + 1) if shared % n == 0]
         raise ValueError(

@@ -6,19 +6,20 @@ is its teacher. What is lost is printed, not hidden.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mor.checkpoint import load_model, save_model
+from mor.checkpoint import WEIGHTS, load_model, save_model
 from mor.config import ModelConfig
 from mor.convert.config import DistillGatesConfig
 from mor.convert.convert import free_folder
 from mor.convert.llama import INEXPRESSIBLE, llama_config, llama_weights, to_llama
 from mor.data.loader import PreparedData
-from mor.files import only_one, read_json
+from mor.files import only_one, read_json, sha256_file
 from mor.log import logger
 from mor.model.mor import MoR
 from mor.ops.device import pick_device, pick_dtype
@@ -41,7 +42,9 @@ def distill_gates(folder: Path, out: Path, config: DistillGatesConfig) -> dict[s
     if reasons:
         raise ValueError(f"{folder} is no plain Llama, and no training makes it one: {reasons[0]}")
     data = PreparedData.open(config.data)
-    work = out.with_name(f"{out.name}.distill")
+    free_folder(out)  # before the work, not behind it
+    told = hashlib.sha256(f"{sha256_file(folder / WEIGHTS)} {config}".encode())
+    work = out.with_name(f"{out.name}.distill-{told.hexdigest()[:12]}")
     work.mkdir(parents=True, exist_ok=True)
     with only_one(work):
         if not (work / "start").is_dir():
@@ -68,18 +71,17 @@ def distill_gates(folder: Path, out: Path, config: DistillGatesConfig) -> dict[s
                 start=work / "start",
                 teacher=Teaching(folder, DistillConfig(label_weight=0.0, teacher_weight=1.0)),
             )
-        told = _losses(folder, work, recipe, data)
+        losses = _losses(folder, work, recipe, data)
         for file in sorted(folder.iterdir()):  # chat template and the like come along
             if file.suffix in (".json", ".jinja") and not (work / "run/model" / file.name).exists():
                 shutil.copy2(file, work / "run" / "model" / file.name)
-        free_folder(out)
-        told |= to_llama(work / "run" / "model", out)
+        result = losses | to_llama(work / "run" / "model", out)
     shutil.rmtree(work)
     logger.info(
         "nats per token on held-out text: %.4f routed, %.4f with gates of 1, %.4f distilled",
-        *(told[name] for name in ("routed_loss", "start_loss", "loss")),
+        *(losses[name] for name in ("routed_loss", "start_loss", "loss")),
     )
-    return told
+    return result
 
 
 def unrolled_model(model: MoR) -> MoR:

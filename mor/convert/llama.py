@@ -22,7 +22,7 @@ from mor.convert.write import write_tensors
 from mor.files import atomic_folder, write_json
 from mor.model.mor import MoR
 
-NOT_TAKEN = ("config.json", "calibration.json")
+NOT_TAKEN = ("config.json", "calibration.json", "depths.json")
 SAME = (
     "vocab_size",
     "hidden_size",

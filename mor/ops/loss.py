@@ -15,6 +15,14 @@ from torch.nn import functional as F
 IGNORE = -100
 
 
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors in the autocast type, or as they are outside autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
 def linear_cross_entropy_reference(h_ND: Tensor, weight_VD: Tensor, label_N: Tensor) -> Tensor:
     """Sum over rows of -log softmax(h W^T)[label]; rows labelled -100 count nothing."""
     logit_NV = F.linear(h_ND, weight_VD).float() if h_ND.dtype.itemsize < 4 else h_ND @ weight_VD.T
@@ -34,10 +42,7 @@ def linear_cross_entropy(
     Cost        three products of N x D x V in training (as forward and backward of a plain head),
                 one otherwise; holds chunk_rows x V logits, and gradients of h and W
     """
-    device = h_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        h_ND, weight_VD = h_ND.to(dtype), weight_VD.to(dtype)
+    h_ND, weight_VD = _autocast(h_ND, weight_VD)
     return _LinearCrossEntropy.apply(h_ND, weight_VD, label_N, chunk_rows)
 
 
@@ -156,10 +161,7 @@ def linear_top_distillation(
     share_NK  their shares, which sum to 1; token_NK: which tokens they are
     The rest as in `linear_distillation`
     """
-    device = h_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        h_ND, weight_VD = h_ND.to(dtype), weight_VD.to(dtype)
+    h_ND, weight_VD = _autocast(h_ND, weight_VD)
     weights = (label_weight, teacher_weight)
     args = (h_ND, weight_VD, label_N, share_NK, token_NK.long())
     return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, True))
@@ -184,11 +186,7 @@ def linear_distillation(
     teacher_NE, teacher_VE  the teacher's, without gradient
     label_N                 int64 targets, -100 to leave a row out of both losses
     """
-    device = h_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        h_ND, weight_VD = h_ND.to(dtype), weight_VD.to(dtype)
-        teacher_NE, teacher_VE = teacher_NE.to(dtype), teacher_VE.to(dtype)
+    h_ND, weight_VD, teacher_NE, teacher_VE = _autocast(h_ND, weight_VD, teacher_NE, teacher_VE)
     weights = (label_weight, teacher_weight)
     args = (h_ND, weight_VD, label_N, teacher_NE.detach(), teacher_VE.detach())
     return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, False))

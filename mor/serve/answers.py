@@ -1,4 +1,4 @@
-"""From a request's body to the engine and back: whole answers and streams of events.
+"""From parameters and prompts to the engine and back, for every endpoint.
 
 Errors are raised as `ApiError`; `app.py` gives them OpenAI's shape.
 """
@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from mor.chat_template import ChatTemplate
-from mor.engine.outputs import CompletionOutput, RequestOutput, StepOutput
+from mor.engine.outputs import RequestOutput, StepOutput
 from mor.engine.params import SamplingParams
 from mor.engine.stream import AsyncEngine, EngineFault
 from mor.log import logger
@@ -21,16 +21,11 @@ from mor.serve.config import ServeConfig
 from mor.serve.metrics import Metrics
 from mor.serve.protocol import (
     ChatMessage,
-    ChatRequest,
     Common,
-    CompletionRequest,
     DepthPoints,
-    chat_logprobs,
-    completion_logprobs,
-    head_of,
     usage_of,
 )
-from mor.serve.tools import Scanner, Tool, format_of
+from mor.serve.tools import Tool
 from mor.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -82,7 +77,6 @@ class Service:
         self.vocab_size = vocab_size
         self.num_recursions, self.trained_depth = num_recursions, trained_depth
         self.depth_points = depth_points
-        self.tool_format = format_of(template.source)
         self.bos_token_id, self.max_model_len = bos_token_id, max_model_len
         self.eos_token_id = eos_token_id
 
@@ -123,6 +117,16 @@ class Service:
         first = [] if self.bos_token_id is None else [self.bos_token_id]
         return [*first, *self.tokenizer.encode(prompt)]
 
+    def template_ids(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[int]:
+        """Return a conversation's ids; ApiError for one that the template refuses."""
+        try:
+            return self.template.encode(
+                [message.plain() for message in messages],
+                tools=[tool.model_dump(exclude_none=True) for tool in tools],
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+
     def loaded_depth(self) -> float | None:
         """Return the mean depth that the queue leaves a new request; None for the model's own."""
         floor, over = self.config.load_aware_depth, self.engine.num_open - self.config.max_num_seqs
@@ -159,7 +163,6 @@ class Service:
         self, ids: list[int], params: SamplingParams, request_id: str, *, only_last: bool = False
     ) -> AsyncIterator[StepOutput]:
         """Yield a request's pieces within its deadline, and count what came of it."""
-        self.metrics.begin(request_id)
         found = self.engine.generate(ids, params, request_id=request_id, only_last=only_last)
         try:
             async with asyncio.timeout(self.config.request_timeout_s), aclosing(found) as stream:
@@ -199,7 +202,7 @@ class Service:
         line = {"id": request_id, "prompt": prompt, "answers": answers}
         logger.info("%s", json.dumps(line, ensure_ascii=False))
 
-    def _told(self, params: SamplingParams) -> dict[str, Any]:
+    def told(self, params: SamplingParams) -> dict[str, Any]:
         """Return what `usage` says of a depth that the queue chose."""
         if not self.config.load_aware_depth:
             return {}
@@ -216,241 +219,7 @@ class Service:
             raise ApiError(500, "the engine gave no result", kind="server_error")
         return result
 
-    # /v1/completions
-
-    def completion_params(self, body: CompletionRequest) -> SamplingParams:
-        more: dict[str, Any] = {"max_tokens": body.max_tokens, "logprobs": body.logprobs}
-        if body.echo and body.logprobs is not None:
-            more["prompt_logprobs"] = body.logprobs
-        return self.params(body, **more)
-
-    async def complete(self, body: CompletionRequest, request_id: str) -> dict[str, Any]:
-        prompts = [self.prompt_ids(prompt) for prompt in body.prompts()]
-        params = self.completion_params(body)
-        names = [f"{request_id}-{place}" for place in range(len(prompts))]
-        tasks = [
-            asyncio.create_task(self.whole(ids, params, name))
-            for ids, name in zip(prompts, names, strict=True)
-        ]
-        try:
-            outputs = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        choices = []
-        for place, output in enumerate(outputs):
-            echoed = self._prompt_text(body, place, prompts[place]) if body.echo else ""
-            for answer in output.outputs:
-                choice: dict[str, Any] = {
-                    "index": len(choices),
-                    "text": echoed + answer.text,
-                    "logprobs": self._completion_logprobs(body, output, answer, echoed),
-                    "finish_reason": answer.finish_reason,
-                    "stop_reason": answer.stop_reason,
-                }
-                if body.return_depths:
-                    choice |= {"depths": answer.depths, "prompt_depths": output.prompt_depths}
-                choices.append(choice)
-        head = head_of("text_completion", request_id, self.config.served_model_name)
-        return {**head, "choices": choices, "usage": usage_of(outputs) | self._told(params)}
-
-    def _prompt_text(self, body: CompletionRequest, place: int, ids: list[int]) -> str:
-        prompt = body.prompts()[place]
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
-
-    def _completion_logprobs(
-        self,
-        body: CompletionRequest,
-        output: RequestOutput,
-        answer: CompletionOutput,
-        echoed: str,
-    ) -> dict[str, Any] | None:
-        if body.logprobs is None or answer.logprobs is None:
-            return None
-        pieces = self.tokenizer.pieces(answer.token_ids)[: len(answer.logprobs)]
-        told = completion_logprobs(answer.logprobs, pieces, len(echoed), self.token_text)
-        if not body.echo or output.prompt_logprobs is None:
-            return told
-        first = [place for place in output.prompt_logprobs if place is not None]
-        names = self.tokenizer.pieces(output.prompt_token_ids)
-        before = completion_logprobs(first, names[len(names) - len(first) :], 0, self.token_text)
-        head = names[: len(names) - len(first)]
-        return {
-            "tokens": [*head, *before["tokens"], *told["tokens"]],
-            "token_logprobs": [
-                *(None for _ in head),
-                *before["token_logprobs"],
-                *told["token_logprobs"],
-            ],
-            "top_logprobs": [
-                *(None for _ in head),
-                *before["top_logprobs"],
-                *told["top_logprobs"],
-            ],
-            "text_offset": [
-                *(0 for _ in head),
-                *(len("".join(head)) + at for at in before["text_offset"]),
-                *told["text_offset"],
-            ],
-        }
-
-    def stream_completion(self, body: CompletionRequest, request_id: str) -> AsyncIterator[str]:
-        """Return the events of one prompt or several; ApiError before any for what cannot be."""
-        prompts = [self.prompt_ids(prompt) for prompt in body.prompts()]
-        params = self.completion_params(body)
-        self.check(prompts, params)
-        return self._completion_events(body, prompts, params, request_id)
-
-    async def _completion_events(
-        self,
-        body: CompletionRequest,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        request_id: str,
-    ) -> AsyncIterator[str]:
-        """Yield events; a choice's index counts through all answers to all prompts."""
-        head = head_of("text_completion", request_id, self.config.served_model_name)
-        offsets: dict[int, int] = {}
-
-        def choice(place: int, piece: StepOutput) -> dict[str, Any]:
-            index = place * body.n + piece.index
-            text, logprobs = piece.text, None
-            if body.echo and index not in offsets:
-                text = self._prompt_text(body, place, prompts[place])
-                offsets[index] = len(text)
-                text += piece.text
-            if body.logprobs is not None and piece.logprobs:
-                names = [self.token_text(p.token) for p in piece.logprobs]
-                at = offsets.get(index, 0)
-                logprobs = completion_logprobs(piece.logprobs, names, at, self.token_text)
-                offsets[index] = at + sum(map(len, names))
-            told: dict[str, Any] = {
-                "index": index,
-                "text": text,
-                "logprobs": logprobs,
-                "finish_reason": piece.finish_reason,
-            }
-            return told | (depths_of(piece) if body.return_depths else {})
-
-        async for one in self._events(body, prompts, params, request_id, head, choice):
-            yield one
-
-    # /v1/chat/completions
-
-    def template_ids(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[int]:
-        """Return a conversation's ids; ApiError for one that the template refuses."""
-        try:
-            return self.template.encode(
-                [message.plain() for message in messages],
-                tools=[tool.model_dump(exclude_none=True) for tool in tools],
-            )
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
-
-    def chat_ids(self, body: ChatRequest) -> list[int]:
-        """Return the prompt; where a tool has to be called, it ends with how a call begins."""
-        ids = self.template_ids(body.messages, body.offered())
-        if body.forced() and self.tool_format is not None:
-            mark = self.tokenizer.token_ids.get(self.tool_format.lead)
-            ids += self.tokenizer.encode(self.tool_format.lead) if mark is None else [mark]
-        return ids
-
-    def chat_params(self, body: ChatRequest) -> SamplingParams:
-        stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
-        update: dict[str, Any] = {"stop": [*stops, *self.template.stop]}
-        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        more: dict[str, Any] = {"max_tokens": most}
-        if body.logprobs:
-            more["logprobs"] = body.top_logprobs or 0
-        try:
-            forced = body.forced()
-            if body.offered() and self.tool_format is None:
-                raise ValueError("tools: this model's chat template knows none")
-            if body.offered() and self.tool_format is not None and self.tool_format.is_special:
-                update["skip_special_tokens"] = False
-            if forced and self.tool_format is not None:
-                more["constraint"] = self.grammars.of_schema(self.tool_format.schema(forced))
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
-        return self.params(body.model_copy(update=update), **more)
-
-    def scanner(self, body: ChatRequest) -> Scanner | None:
-        """Return what finds calls of tools in one answer; None where none can be."""
-        tools = body.offered()
-        if not tools or self.tool_format is None:
-            return None
-        names = [tool.function.name for tool in tools]
-        most = 0 if body.parallel_tool_calls else 1
-        return Scanner(self.tool_format, names, most=most, is_inside=bool(body.forced()))
-
-    async def chat(self, body: ChatRequest, request_id: str) -> dict[str, Any]:
-        params = self.chat_params(body)
-        output = await self.whole(self.chat_ids(body), params, request_id)
-        choices = []
-        for answer in output.outputs:
-            message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-            scanner = self.scanner(body)
-            if scanner is not None:
-                text, calls = scanner.push(answer.text, is_last=True)
-                message["content"] = text or (None if calls else "")
-                if calls:
-                    message["tool_calls"] = calls
-            told: dict[str, Any] = {
-                "index": answer.index,
-                "message": message,
-                "logprobs": chat_logprobs(answer.logprobs, self.token_text)
-                if body.logprobs and answer.logprobs is not None
-                else None,
-                "finish_reason": finish_reason(answer.finish_reason, scanner),
-                "stop_reason": answer.stop_reason,
-            }
-            if body.return_depths:
-                told |= {"depths": answer.depths, "prompt_depths": output.prompt_depths}
-            choices.append(told)
-        head = head_of("chat.completion", request_id, self.config.served_model_name)
-        return {**head, "choices": choices, "usage": usage_of([output]) | self._told(params)}
-
-    def stream_chat(self, body: ChatRequest, request_id: str) -> AsyncIterator[str]:
-        """Return the events of a turn; ApiError before any for what cannot be served."""
-        params = self.chat_params(body)
-        ids = self.chat_ids(body)
-        self.check([ids], params)
-        return self._chat_events(body, ids, params, request_id)
-
-    async def _chat_events(
-        self, body: ChatRequest, ids: list[int], params: SamplingParams, request_id: str
-    ) -> AsyncIterator[str]:
-        head = head_of("chat.completion.chunk", request_id, self.config.served_model_name)
-        scanners = [self.scanner(body) for _ in range(body.n)]
-        begun: set[int] = set()
-
-        def choice(place: int, piece: StepOutput) -> dict[str, Any]:
-            scanner, text, delta = scanners[piece.index], piece.text, dict[str, Any]()
-            if piece.index not in begun:  # not before: clients take the first event for a token
-                begun.add(piece.index)
-                delta |= {"role": "assistant", "content": ""}
-            if scanner is not None:
-                first = scanner.num_calls
-                text, calls = scanner.push(text, is_last=piece.finish_reason is not None)
-                if calls:
-                    numbered = [{"index": first + i, **call} for i, call in enumerate(calls)]
-                    delta["tool_calls"] = numbered
-            if text:
-                delta["content"] = text
-            told: dict[str, Any] = {
-                "index": piece.index,
-                "delta": delta,
-                "logprobs": chat_logprobs(piece.logprobs, self.token_text)
-                if body.logprobs and piece.logprobs
-                else None,
-                "finish_reason": finish_reason(piece.finish_reason, scanner),
-            }
-            return told | (depths_of(piece) if body.return_depths else {})
-
-        async for one in self._events(body, [ids], params, request_id, head, choice):
-            yield one
-
-    async def _events(
+    async def events(
         self,
         body: Common,
         prompts: Sequence[list[int]],
@@ -472,7 +241,7 @@ class Service:
             yield event(error.body)
             return
         if body.includes_usage:
-            usage = usage_of(results) | self._told(params)
+            usage = usage_of(results) | self.told(params)
             yield event({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
@@ -512,12 +281,6 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def finish_reason(reason: str | None, scanner: Scanner | None) -> str | None:
-    """Return OpenAI's word for why an answer ended."""
-    is_call = reason == "stop" and scanner is not None and scanner.num_calls > 0
-    return "tool_calls" if is_call else reason
 
 
 def depths_of(piece: StepOutput) -> dict[str, Any]:

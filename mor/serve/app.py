@@ -28,6 +28,8 @@ import mor
 from mor.engine.params import SamplingParams
 from mor.log import logger
 from mor.serve.answers import ApiError, Service
+from mor.serve.chats import Chats
+from mor.serve.completions import Completions
 from mor.serve.config import Keys, ServeConfig
 from mor.serve.protocol import (
     ChatRequest,
@@ -107,6 +109,7 @@ def _errors(app: FastAPI) -> None:
 
 def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     name = config.served_model_name
+    completions, chats = Completions(service), Chats(service)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -155,7 +158,7 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         return {"prompt": service.tokenizer.decode(body.tokens)}
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Any:
+    async def complete(body: CompletionRequest, request: Request) -> Any:
         service.check_model(body.model)
         count = len(body.prompts())
         if not count:
@@ -163,8 +166,8 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         service.check_room(count * max(body.n, 1))
         request_id = f"cmpl-{request.state.request_id}"
         if body.stream:
-            return EventStream(service.stream_completion(body, request_id), config)
-        return await _while_connected(request, service.complete(body, request_id))
+            return EventStream(completions.stream(body, request_id), config)
+        return await _while_connected(request, completions.whole(body, request_id))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Any:
@@ -172,8 +175,8 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         service.check_room(max(body.n, 1))
         request_id = f"chatcmpl-{request.state.request_id}"
         if body.stream:
-            return EventStream(service.stream_chat(body, request_id), config)
-        return await _while_connected(request, service.chat(body, request_id))
+            return EventStream(chats.stream(body, request_id), config)
+        return await _while_connected(request, chats.whole(body, request_id))
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:

@@ -45,7 +45,6 @@ class Metrics:
         self._depths: Callable[[], Sequence[int]] = lambda: ()
         self._reads: list[tuple[type[Metric], str, str, str, Read]] = []
         self.registry.register(self)  # pyrefly: ignore
-        self._open: set[str] = set()
         self._last: dict[str, float] = {}
 
     def gauge(self, name: str, about: str, read: Read, *, label: str = "") -> None:
@@ -78,9 +77,6 @@ class Metrics:
             sum_value=float(sum(d * n for d, n in enumerate(counts, 1))),
         )
 
-    def begin(self, request_id: str) -> None:
-        self._open.add(request_id)
-
     def piece(self, request_id: str, piece: StepOutput) -> None:
         """Count what a piece of a stream, or the last of an answer, brought."""
         if piece.token_ids:
@@ -93,9 +89,8 @@ class Metrics:
             self.prompt_tokens.inc(len(piece.result.prompt_token_ids))
 
     def end(self, request_id: str, outcome: str) -> None:
-        if request_id in self._open:
-            self._open.remove(request_id)
-            self.requests.labels(outcome).inc()
+        """Count how a request ended; called once for each."""
+        self.requests.labels(outcome).inc()
         self._last.pop(request_id, None)
 
     def text(self) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,3 +167,23 @@ def test_percentiles_are_of_answered_requests():
     result = summary(answers, 2.0)
     assert result["completed"] == 10 and result["errors"] == {"timeout": 1}
     assert result["whole_p50_ms"] == pytest.approx(600) and result["whole_p99_ms"] == 1000
+
+
+@pytest.mark.slow
+def test_what_serving_costs_is_told_by_rounds(tiny_run: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_run / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    settings: dict[str, Any] = {"num_requests": 6, "concurrency": 2, "vocab_size": 30, "warmup": 1}
+    told = bench_serve(BenchServeConfig(bare=folder, rounds=2, stream=False, **settings))
+    assert len(told["rounds"]) == 2 and told["completed"] == 6 and not told["errors"]
+    ratios = [one["served_tokens_per_s"] / one["bare_tokens_per_s"] for one in told["rounds"]]
+    assert told["ratio"] == pytest.approx(sum(ratios) / 2)
+    with pytest.raises(ValueError, match="is not a model folder"):
+        bench_serve(BenchServeConfig(bare=tmp_path / "none"))
+
+
+def test_the_bare_engine_takes_random_ids_alone():
+    with pytest.raises(ValueError, match="bare compares completions of random token ids"):
+        BenchServeConfig(bare=Path("model"), trace=Path("trace.jsonl"))

@@ -1,73 +1,26 @@
-"""Promises of conversion: the parent's numbers where they are promised, one line where it fails."""
+"""Promises of conversion: the parent's numbers where they are promised."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support_convert import IDS, SHAPE, go, logits
 
-from mor.checkpoint import load_model, save_model
-from mor.cli import main
+from mor.checkpoint import load_model
 from mor.config import ModelConfig
-from mor.convert import parent as parents
 from mor.convert.check import unrolled
-from mor.convert.config import ConvertConfig
-from mor.convert.convert import convert
-from mor.convert.llama import llama_config, to_llama
+from mor.convert.llama import to_llama
 from mor.convert.share import sources
 from mor.engine.config import EngineConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
-from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 280,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rope_theta": 5000.0,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-PLAIN = ModelConfig(**SHAPE, sharing="cycle")
-IDS = torch.tensor([[5, 9, 60, 3, 8, 21, 40, 200, 7, 7]])
-
-
-@pytest.fixture
-def parent(tmp_path: Path, tiny_data: Path) -> Path:
-    """A Llama folder as transformers writes it."""
-    torch.manual_seed(3)
-    model = MoR(PLAIN)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(weight, 0.5, 1.5)
-    folder = tmp_path / "parent"
-    save_model(model, folder, tokenizer=Tokenizer.load(tiny_data))
-    (folder / "config.json").write_text(json.dumps(llama_config(PLAIN)))
-    (folder / "generation_config.json").write_text("{}")
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    return folder
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        return load_model(folder)(IDS).logits
-
-
-def go(parent: Path, out: Path, **settings: Any) -> dict[str, Any]:
-    return convert(str(parent), out, ConvertConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -255,64 +208,6 @@ def test_shards_are_read_one_weight_at_a_time(parent: Path, tmp_path: Path):
     assert not (tmp_path / "other").exists()
 
 
-def test_there_and_back_is_the_same_llama(parent: Path, tmp_path: Path, capsys):
-    go(parent, tmp_path / "mor", relax_norms=True, init="svd", lora_rank=3)
-    command = ["convert", str(tmp_path / "mor"), str(tmp_path / "llama"), "--to", "llama"]
-    assert main([*command, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["max_logit_difference"] < 1e-4
-    torch.testing.assert_close(
-        logits(tmp_path / "llama"), logits(tmp_path / "mor"), atol=1e-4, rtol=1e-4
-    )
-    assert load_model(tmp_path / "llama").config.num_recursions == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda model: model.model.router(1).body.weight.fill_(0.1), "its gates are not 1"),
-        (lambda model: model.model.router(1).threshold.fill_(0.5), "let tokens go"),
-    ],
-)
-def test_a_model_that_routes_is_no_llama(
-    parent: Path, tmp_path: Path, change: Callable[[MoR], None], said: str
-):
-    go(parent, tmp_path / "mor")
-    model = load_model(tmp_path / "mor")
-    with torch.no_grad():
-        change(model)
-    save_model(model, tmp_path / "trained")
-    with pytest.raises(ValueError, match=f"{said}.*--distill-gates"):
-        to_llama(tmp_path / "trained", tmp_path / "llama")
-    assert not (tmp_path / "llama").exists()
-
-
-def test_gates_and_exits_are_trained_away(
-    parent: Path, tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
-):
-    go(parent, tmp_path / "mor", sharing="none")
-    model = load_model(tmp_path / "mor")
-    with torch.no_grad():
-        torch.nn.init.normal_(dict(model.model.router(1).named_parameters())["body.weight"])
-        model.model.router(1).threshold.fill_(0.5)
-    tokenizer = Tokenizer.load(tmp_path / "mor", eos_token=model.config.eos_token_id)
-    save_model(model, tmp_path / "trained", tokenizer=tokenizer)
-    command = ["convert", str(tmp_path / "trained"), str(tmp_path / "llama"), "--distill-gates"]
-    assert main([*command, "--to", "llama"]) == 2
-    assert "--distill-gates needs --data FOLDER" in capsys.readouterr().err
-    command += ["--data", str(tiny_data), "--distill-context", "16"]
-    assert main(command) == 2
-    assert "give --to llama" in capsys.readouterr().err
-    command += ["--distill-tokens", "6000", "--distill-lr", "3e-3", "--to", "llama", "--json"]
-    assert main(command) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["loss"] < told["start_loss"]
-    assert told["max_logit_difference"] < 1e-4 and told["tokens"] >= 6000
-    assert load_model(tmp_path / "llama").config.num_recursions == 1
-    assert (tmp_path / "llama" / "tokenizer.json").is_file()
-    assert not (tmp_path / "llama.distill").exists()
-
-
 @pytest.mark.parametrize("ends", [(2, 2), (0, 2), (3, 1), (2, 0)])
 def test_prelude_and_coda_have_the_sizes_asked_for(
     parent: Path, tmp_path: Path, ends: tuple[int, int]
@@ -334,130 +229,6 @@ def test_prelude_and_coda_have_the_sizes_asked_for(
     for i in range(1, coda + 1):
         got = ours[f"model.layers.{last - i}.{name}"]
         assert torch.equal(got, theirs[f"model.layers.{8 - i}.{name}"])
-
-
-def edit(**fields: Any) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **fields}))
-
-    return make
-
-
-def misshape(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    save_file(weights, folder / "model.safetensors")
-
-
-def leave_out(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.2.self_attn.q_proj.weight"]
-    save_file(weights, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "settings", "said"),
-    [
-        (edit(model_type="gpt2"), {}, "model_type is 'gpt2'; mor converts llama"),
-        (edit(attention_bias=True), {}, "attention_bias is True; only False"),
-        (edit(rope_parameters={"rope_type": "yarn"}), {}, "rotary scaling .*yarn"),
-        (edit(tie_word_embeddings=False), {}, "there is no lm_head.weight"),
-        (edit(num_hidden_layers=9), {}, "27|do not divide|missing"),
-        (misshape, {}, r"layers\.1\.mlp\.up_proj\.weight has shape \[3, 3\]"),
-        (leave_out, {"sharing": "none"}, "self_attn.q_proj.weight is missing"),
-        (
-            lambda f: (f / "tokenizer.json").unlink(),
-            {},
-            "tokenizer.json does not.*--tokenizer",
-        ),
-        (lambda f: (f / "config.json").unlink(), {}, "config.json is missing"),
-        (lambda f: (f / "config.json").write_text("{"), {}, "config.json is not JSON"),
-        (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            {},
-            r"pytorch_model\.bin is a pickle, which is never read",
-        ),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x"), {}, "is broken or no safetensors"),
-        (
-            lambda f: None,
-            {"num_recursions": 4},
-            r"drop 2 with --drop-layers, .* \[2, 3, 6\]",
-        ),
-        (
-            lambda f: None,
-            {"drop_layers": (8,)},
-            "drop_layers holds 8; .* layers 0 to 7",
-        ),
-    ],
-)
-def test_a_parent_that_does_not_fit_is_refused_in_one_line(
-    parent: Path,
-    tmp_path: Path,
-    spoil: Callable[[Path], Any],
-    settings: dict[str, Any],
-    said: str,
-):
-    spoil(parent)
-    with pytest.raises(ValueError, match=said) as caught:
-        go(parent, tmp_path / "out", **settings)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"gating": "weighted"}, "gating is weighted; its gate is alpha"),
-        ({"gating": "additive"}, "gating is additive"),
-        ({"router": "token_choice"}, "router is token_choice"),
-        ({"init": "svd"}, "init is svd and lora_rank is 0"),
-        ({"num_recursions": 0}, "num_recursions is 0"),
-        ({"init": "middle"}, "init 'middle' is unknown"),
-        ({"drop_layers": (1, 1)}, "give each once"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str):
-    with pytest.raises(ValueError, match=said):
-        ConvertConfig(**settings)
-
-
-def test_a_parent_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match=r"is no folder, no \.gguf file"):
-        go(Path("nothing"), tmp_path / "out")
-    monkeypatch.setitem(parents.BUILT_IN, "tiny", ("no_such_package", "x.gguf", "smollm"))
-    with pytest.raises(ValueError, match="tiny needs the extra smollm"):
-        go(Path("tiny"), tmp_path / "out")
-
-
-def test_a_hub_name_without_network_is_said(tmp_path: Path):
-    pytest.importorskip("huggingface_hub")
-    with pytest.raises(ValueError, match="somebody/model cannot be had from the hub") as caught:
-        go(Path("somebody/model"), tmp_path / "out")
-    assert "\n" not in str(caught.value)
-
-
-def test_an_interrupted_conversion_leaves_nothing(
-    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    module = sys.modules["mor.convert.convert"]
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "converted", stop)
-    with pytest.raises(KeyboardInterrupt):
-        go(parent, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
-
-
-def test_a_full_folder_is_not_overwritten(parent: Path, tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(ValueError, match="already holds files"):
-        go(parent, tmp_path / "out")
-    assert (tmp_path / "out" / "mine").read_text() == "x"
 
 
 def test_every_stored_layer_has_a_source():

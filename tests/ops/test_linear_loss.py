@@ -65,17 +65,27 @@ def test_loss_under_autocast_stays_close_to_fp32():
     torch.testing.assert_close(half, plain, rtol=2e-2, atol=0.5)
 
 
+DISTILLATIONS = {
+    "whole": (linear_distillation, linear_distillation_reference),
+    "top": (linear_top_distillation, linear_top_distillation_reference),
+}
+
+
+@pytest.mark.parametrize("kind", DISTILLATIONS)
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 @pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.0), (0.0, 2.0)])
-def test_distillation_and_gradients_equal_the_plain_twin(chunk_rows, weights):
+def test_distillation_and_gradients_equal_the_plain_twin(kind, chunk_rows, weights):
+    fast, plain = DISTILLATIONS[kind]
     results = []
-    for function in (linear_distillation, linear_distillation_reference):
+    for function, options in ((fast, {"chunk_rows": chunk_rows}), (plain, {})):
         torch.manual_seed(1)
         h = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
         teacher = torch.randn(7, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
+        if kind == "top":
+            best = (teacher[0] @ teacher[1].T).topk(4)
+            teacher = best.values.softmax(-1), best.indices
         label = torch.tensor([0, 10, -100, 3, 3, -100, 7])
-        options = {"chunk_rows": chunk_rows} if function is linear_distillation else {}
         out = function(
             h,
             weight,
@@ -87,35 +97,8 @@ def test_distillation_and_gradients_equal_the_plain_twin(chunk_rows, weights):
         )
         (out.loss * 0.3).backward()
         results.append((*out, h.grad, weight.grad))
-    for fast, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
-@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.0), (0.0, 2.0)])
-def test_distillation_of_top_tokens_equals_the_plain_twin(chunk_rows, weights):
-    results = []
-    for function in (linear_top_distillation, linear_top_distillation_reference):
-        torch.manual_seed(1)
-        h = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-        weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
-        best = torch.randn(7, 11, dtype=torch.float64).topk(4)
-        label = torch.tensor([0, 10, -100, 3, 3, -100, 7])
-        options = {"chunk_rows": chunk_rows} if function is linear_top_distillation else {}
-        out = function(
-            h,
-            weight,
-            label,
-            best.values.softmax(-1),
-            best.indices,
-            label_weight=weights[0],
-            teacher_weight=weights[1],
-            **options,
-        )
-        (out.loss * 0.3).backward()
-        results.append((*out, h.grad, weight.grad))
-    for fast, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_all_tokens_as_top_tokens_are_the_whole_distribution():

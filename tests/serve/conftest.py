@@ -105,3 +105,13 @@ def client(tiny_run: Path) -> Iterator[Client]:
 @pytest.fixture
 def start(tiny_run: Path) -> Callable[..., Any]:
     return lambda **settings: running(tiny_run / "model", **settings)
+
+
+def slowly(step: Callable[[], Any], seconds: float = 0.02) -> Callable[[], Any]:
+    """Return a step of the engine that waits first."""
+
+    def wait_and_step() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    return wait_and_step

@@ -19,6 +19,7 @@ import pytest
 
 from mor.cli import main
 from mor.serve.config import Keys, ServeConfig
+from tests.serve.conftest import slowly
 
 LONG = {"prompt": "the cat", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
 
@@ -110,14 +111,6 @@ def test_depth_follows_the_queue_where_asked(start):
         client.wait_idle()
         policies = {key[0] for key in engine.scheduler.prefix.entries if type(key[0]) is not int}
         assert len(policies) <= 2  # as trained, and every recursion
-
-
-def slowly(step: Any) -> Any:
-    def wait_and_step() -> Any:
-        time.sleep(0.02)
-        return step()
-
-    return wait_and_step
 
 
 def wait_for(what: Any) -> None:

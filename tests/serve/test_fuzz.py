@@ -1,6 +1,6 @@
 """Whatever a body holds: an answer or a clear error, nobody else harmed, no page lost.
 
-Two sources: schemathesis reads our OpenAPI, hypothesis mends and breaks bodies that fit.
+Two sources: schemathesis reads our OpenAPI, and fields of bodies that fit are changed at random.
 """
 
 from __future__ import annotations

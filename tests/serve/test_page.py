@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Client, running
+from tests.serve.conftest import Client, running, slowly
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:  # CI installs it
@@ -139,15 +139,7 @@ def test_an_error_is_shown_and_the_page_goes_on(page: Any):
 def test_stop_ends_an_answer(browser: Any, start: Any):
     with start() as client:
         engine = client.service.engine._engine
-        step = engine.step
-
-        def slowly() -> Any:
-            import time
-
-            time.sleep(0.2)
-            return step()
-
-        engine.step = slowly
+        engine.step = slowly(engine.step, 0.2)
         with Opened(browser, client) as page:
             page.fill("#text", "the cat")
             page.press("#text", "Enter")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Client
+from tests.serve.conftest import Client, slowly
 
 # As vLLM's benchmark builds them, for its backends openai and openai-chat.
 COMPLETIONS = {
@@ -70,13 +70,7 @@ def test_the_benchmarks_shapes_run_unchanged(client: Client, path: str):
 def test_the_first_event_waits_for_the_first_token(start: Any, path: str):
     with start(max_num_seqs=1) as client:
         engine = client.service.engine._engine
-        step = engine.step
-
-        def slowly() -> Any:
-            time.sleep(0.05)
-            return step()
-
-        engine.step = slowly
+        engine.step = slowly(engine.step, 0.05)
         began = time.perf_counter()
         times, _ = follow(client, path, SHAPES[path])
         assert times[0] - began >= 0.05
