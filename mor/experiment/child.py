@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 LAST_LINES = 12
 STOP_S = 120.0
@@ -20,16 +24,18 @@ class MemberFailed(Exception):
 def run_mor(args: Sequence[str]) -> str:
     """Run a `mor` command in a process of its own and return its stdout; its stderr is shown.
 
-    Raises MemberFailed with its last line, KeyboardInterrupt when it was interrupted
+    Raises MemberFailed with its last line, KeyboardInterrupt when it was interrupted or this
+    process was terminated
     """
     last: deque[str] = deque(maxlen=LAST_LINES)
     # A file for stdout, since nobody reads it while stderr is followed.
     with tempfile.TemporaryFile("w+") as out:
         command = [sys.executable, "-m", "mor", *args]
         # close_fds: the child holds the lock of `only_one` too, should this process be killed.
-        with subprocess.Popen(
+        child = subprocess.Popen(
             command, stdout=out, stderr=subprocess.PIPE, text=True, close_fds=False
-        ) as child:
+        )
+        with child, _terminated_together(child):
             assert child.stderr is not None
             try:
                 for line in child.stderr:
@@ -37,7 +43,7 @@ def run_mor(args: Sequence[str]) -> str:
                     last.append(line.strip())
                 code = child.wait()
             except KeyboardInterrupt:
-                try:  # it heard Ctrl-C too, and writes its checkpoint
+                try:  # it heard it too, and writes its checkpoint
                     child.wait(STOP_S)
                 except subprocess.TimeoutExpired:
                     child.kill()
@@ -52,3 +58,21 @@ def run_mor(args: Sequence[str]) -> str:
         why = said.removeprefix("mor: ") if said else (lines[-1] if lines else "it said nothing")
         raise MemberFailed(f"exit code {code}: {why}")
     return printed
+
+
+@contextmanager
+def _terminated_together(child: subprocess.Popen[str]) -> Iterator[None]:
+    """Pass a SIGTERM on to the child, which a terminal's Ctrl-C reaches by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        child.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

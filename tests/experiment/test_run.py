@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,28 @@ def test_a_child_says_what_it_printed_or_why_it_failed(tiny_recipe: Path):
     assert json.loads(printed.strip().splitlines()[-1])["steps"] == 12
     with pytest.raises(MemberFailed, match=r"exit code 2: .*none\.toml"):
         run_mor(["plan", "none.toml"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals")
+def test_a_terminated_run_takes_its_child_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pid = tmp_path / "pid"
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho $$ > {pid}\necho begun >&2\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate() -> None:
+        while not (pid.is_file() and pid.read_text().strip()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_mor(["train"])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_is_missing_is_said(

@@ -173,7 +173,7 @@ class Stopped(NamedTuple):
 def runs(
     tiny_data: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Stopped]:
-    """Stop two real runs, one by kill -9 and one by Ctrl-C; resume both; train a whole one."""
+    """Stop real runs by kill -9, Ctrl-C and SIGTERM; resume them; train a whole one."""
     folder = tmp_path_factory.mktemp("process")
 
     def command(name: str) -> tuple[object, ...]:
@@ -183,6 +183,7 @@ def runs(
     for name, place, stop in (
         ("killed", "write", signal.SIGKILL),
         ("interrupted", "step", signal.SIGINT),
+        ("terminated", "step", signal.SIGTERM),
     ):
         process = start(place, command(name))
         assert process.stdout is not None
@@ -219,8 +220,11 @@ def test_kill_in_the_middle_of_a_checkpoint_costs_nothing_but_steps(
 
 
 @needs_signals
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(runs: dict[str, Stopped]) -> None:
-    interrupted = runs["interrupted"]
+@pytest.mark.parametrize("how", ["interrupted", "terminated"])
+def test_a_stop_writes_a_checkpoint_and_says_how_to_go_on(
+    runs: dict[str, Stopped], how: str
+) -> None:
+    interrupted = runs[how]
     assert interrupted.code == 130
     said = [line for line in interrupted.errors.splitlines() if line.startswith("mor:")]
     assert said == ["mor: stopped after step 6 of 12; add --resume to go on"]
