@@ -13,6 +13,8 @@ from mor.log import human_bytes, human_count
 
 DEPTH_TOLERANCE = 0.02
 """mean depths that differ by less are equal"""
+SIZE_TOLERANCE = 0.05
+"""numbers of parameters that differ by less are equal"""
 BUDGET_WORDS = {
     "same_flops": "the same training FLOPs",
     "same_tokens": "the same tokens",
@@ -59,6 +61,21 @@ class Table(NamedTuple):
         """Return the first row of a kind."""
         return next((row for row in self.rows if row.kind == kind), None)
 
+    @property
+    def twin(self) -> Row | None:
+        """The vanilla model that the others are compared with: the largest, where there are two."""
+        found = [row for row in self.rows if row.kind == "vanilla"]
+        return max(found, key=lambda row: row.mean("params_nonembedding"), default=None)
+
+    def plain_of_size(self, ours: Row) -> Row | None:
+        """Return a vanilla model of as many parameters as a row, which spends all on tokens."""
+        size = ours.mean("params_nonembedding")
+        for row in self.rows:
+            share = row.mean("params_nonembedding") / size
+            if row.kind == "vanilla" and abs(share - 1) <= SIZE_TOLERANCE:
+                return row
+        return None
+
     def row(self, model: str) -> Row | None:
         return next((row for row in self.rows if row.model == model), None)
 
@@ -102,7 +119,7 @@ HEAD = (
 
 def cells(table: Table) -> list[list[str]]:
     """Return a table's rows as text, under HEAD."""
-    vanilla = table.first("vanilla")
+    vanilla = table.twin
     out = []
     for row in table.rows:
         leak = [r["top_k_loss"] - r["val_loss"] for r in row.results if "top_k_loss" in r]

@@ -14,7 +14,13 @@ from mor.experiment.render import BEGIN, END, read_kept, rendered
 from mor.experiment.results import Results
 
 ROOT = Path(__file__).parent.parent.parent
-ROWS = {"twin": "vanilla", "mor3": "mor", "rec3": "recursive", "random3": "random"}
+ROWS = {
+    "twin": "vanilla",
+    "small": "vanilla",
+    "mor3": "mor",
+    "rec3": "recursive",
+    "random3": "random",
+}
 MACHINE = {"processor": "a processor", "cores": "2"}
 
 
@@ -22,7 +28,7 @@ def trained(model: str, loss: float, seed: int, budget: str, kind: str) -> dict[
     texts = np.random.default_rng(0).normal(loss, 1.0, 64)
     noise = np.random.default_rng([seed, len(model)]).normal(0, 0.01, 64)
     rows = [float(x) for x in texts + noise]
-    recursions = 1 if model == "twin" else 3
+    is_plain = ROWS[model] == "vanilla"
     result: dict[str, Any] = {
         "experiment": "claims-cpu",
         "note": "words",
@@ -46,13 +52,13 @@ def trained(model: str, loss: float, seed: int, budget: str, kind: str) -> dict[
         "peak_bytes": 1e6,
         "val_loss": float(np.mean(rows)),
         "row_loss": rows,
-        "mean_depth": 1.0 if model == "twin" else 2.0,
-        "active_share": [1.0] if model == "twin" else [1.0, 2 / 3, 1 / 3],
+        "mean_depth": 1.0 if is_plain else 2.0,
+        "active_share": [1.0] if is_plain else [1.0, 2 / 3, 1 / 3],
         "kv_bytes_per_token": 100.0,
         "recipe": {
             "model": {
-                "num_recursions": recursions,
-                "capacity": [1.0] if model == "twin" else [1.0, 2 / 3, 1 / 3],
+                "num_recursions": 1 if is_plain else 3,
+                "capacity": [1.0] if is_plain else [1.0, 2 / 3, 1 / 3],
             }
         },
     }
@@ -82,8 +88,9 @@ def decode_report(speedup: float) -> dict[str, Any]:
 def kept(tmp_path: Path) -> Path:
     folder = tmp_path / "results"
     results = Results(folder / "claims-cpu.jsonl")
+    losses = {"small": 2.8, "twin": 3.0, "mor3": 2.9, "rec3": 3.1, "random3": 2.9}
     for seed in (0, 1):
-        for model, loss in {"twin": 3.0, "mor3": 2.9, "rec3": 3.1, "random3": 2.9}.items():
+        for model, loss in losses.items():
             results.add(trained(model, loss, seed, "same-flops", "same_flops"))
     for model, loss in {"twin": 3.0, "mor3": 3.05}.items():
         results.add(trained(model, loss, 0, "same-tokens", "same_tokens"))
@@ -111,6 +118,8 @@ def test_claims_are_told_from_results(kept: Path):
     assert vanilla.holds == "yes" and "50 % of the parameters" in vanilla.claim
     assert "2.9" in vanilla.ours and "20 and 20 tokens per parameter" in vanilla.ours
     assert "--only same-flops_mor3 same-flops_twin" in vanilla.command
+    small = find(rows, "cpu", "of its own size")
+    assert small.holds == "no" and "same-flops_mor3 same-flops_small" in small.command
     assert find(rows, "cpu", "random").holds == "tie"
     assert find(rows, "cpu", "fixed depth").holds == "yes"
     tokens = find(rows, "Same tokens (cpu, mor3)")
