@@ -51,6 +51,7 @@ def claims(kept: Kept) -> list[Claim]:
     rows = []
     for scale in SCALES:
         rows += _trained(kept, scale)
+        rows += _enough(kept, scale)
         rows += _served(kept, scale)
         rows += _sizes(kept, scale)
     rows += _few_shot()
@@ -160,28 +161,55 @@ def _tokens(ours: Row, other: Row) -> str:
 
 
 def _other_budget(scale: str, table: Table) -> Iterator[Claim]:
-    """MoR beside its twin under another budget: loss, FLOPs, time and memory."""
-    vanilla = table.twin
+    """MoR beside its twin under another budget."""
     words = {
         "same_tokens": ("Same tokens", "higher loss (2.8667 against 2.8471 at 10 B), FLOPs -25 %"),
         "same_time_s": ("Same time", "not stated"),
-        "tokens_per_param": ("As many tokens as each can use", "not stated"),
+        "tokens_per_param": ("Same tokens per parameter", "not stated"),
     }
-    title, paper = words.get(table.kind, (table.budget, "not stated"))
     for ours in (row for row in table.rows if row.kind == "mor"):
-        gap = compare(ours, vanilla)
-        if gap is None or vanilla is None:
-            continue
-        flops = ours.mean("train_flops") / vanilla.mean("train_flops")
-        yield Claim(
-            f"{title} ({scale}, {ours.label}): MoR has a lower loss than its vanilla twin",
-            paper,
-            f"{_losses(ours, vanilla)}; training FLOPs {_percent(flops)}, {_tokens(ours, vanilla)}",
-            _verdict(gap),
-            _machine(ours.results),
-            _command(ours.results, f"{table.budget}_"),
-            f"{told(gap)}, {_seeds(gap)}",
-        )
+        title = f"{words[table.kind][0]} ({scale}, {ours.label})"
+        paper = words[table.kind][1]
+        yield from _beside(title, paper, table, ours, table.twin, "its vanilla twin")
+
+
+def _enough(kept: Kept, scale: str) -> Iterator[Claim]:
+    """MoR beside the twin, and beside others of its size, where tokens are no limit."""
+    title = "As many tokens as each can use"
+    found = tables(kept.get(f"tokens-{scale}", []))
+    if not found:
+        command = f"mor experiment recipes/experiments/tokens-{scale}.toml --data DATA --out OUT"
+        if scale == "cpu":
+            claim = f"{title} ({scale}): MoR has a lower loss than its vanilla twin"
+            yield _not_run(claim, "not stated", _why(scale), command)
+        return
+    for ours in (row for row in found[0].rows if row.kind == "mor"):
+        for other, words in (
+            (found[0].twin, "its vanilla twin"),
+            (found[0].plain_of_size(ours), "a vanilla model of its own size"),
+            (found[0].first("recursive"), "fixed depth"),
+        ):
+            about = f"{title} ({scale}, {ours.label})"
+            yield from _beside(about, "not stated", found[0], ours, other, words)
+
+
+def _beside(
+    title: str, paper: str, table: Table, ours: Row, other: Row | None, words: str
+) -> Iterator[Claim]:
+    """A MoR beside another row of a budget: loss, FLOPs, tokens."""
+    gap = compare(ours, other)
+    if gap is None or other is None:
+        return
+    flops = ours.mean("train_flops") / other.mean("train_flops")
+    yield Claim(
+        f"{title}: MoR has a lower loss than {words}",
+        paper,
+        f"{_losses(ours, other)}; training FLOPs {_percent(flops)}, {_tokens(ours, other)}",
+        _verdict(gap),
+        _machine(ours.results),
+        _command(ours.results, f"{table.budget}_{ours.model} {table.budget}_{other.model}"),
+        f"{told(gap)}, {_seeds(gap)}",
+    )
 
 
 def _inside(scale: str, table: Table) -> Iterator[Claim]:

@@ -161,7 +161,8 @@ class TopTokens:
         else:
             x_ND, _ = states(batch)
             best = [(x_CD @ head_VD.T).float().topk(self.K) for x_CD in x_ND.split(TOP_ROWS)]
-            share_NK = torch.cat([one.values.softmax(-1).half() for one in best])
+            # Halves last: under autocast on a CPU, cat takes none.
+            share_NK = torch.cat([one.values.softmax(-1) for one in best]).half()
             token_NK = torch.cat([one.indices.int() for one in best])
             if file is not None:
                 with atomic_file(file) as part:

@@ -138,6 +138,19 @@ def test_claims_are_told_from_results(kept: Path):
     assert find(rows, "Throughput (gpu)").holds == "not run: no GPU was at hand"
 
 
+def test_a_row_gives_each_as_many_tokens_as_it_can_use(kept: Path):
+    assert find(claims(read_kept(kept)), "As many tokens").holds == "not run: no result is kept"
+    results = Results(kept / "tokens-cpu.jsonl")
+    for model, loss in {"twin": 3.0, "small": 2.8, "mor3": 2.9, "rec3": 3.1}.items():
+        one = trained(model, loss, 0, "all-text", "same_tokens")
+        results.add(one | {"experiment": "tokens-cpu"})
+    rows = claims(read_kept(kept))
+    assert find(rows, "As many tokens", "twin").holds == "yes"
+    assert find(rows, "As many tokens", "of its own size").holds == "no"
+    fixed = find(rows, "As many tokens", "fixed depth")
+    assert fixed.holds == "yes" and "experiments/tokens-cpu.toml" in fixed.command
+
+
 def test_a_seed_on_the_other_side_makes_a_tie(kept: Path):
     results = Results(kept / "claims-cpu.jsonl")
     results.add(trained("mor3", 3.02, 1, "same-flops", "same_flops"))

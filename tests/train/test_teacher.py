@@ -167,6 +167,20 @@ def test_top_tokens_are_kept_and_the_parent_runs_once(
         train(recipe(), data=data, out=tmp_path / "e", start=start, teacher=teaching)
 
 
+@pytest.mark.parametrize("learnt", [{"top_k": 8}, {}, {"state_weight": 0.1}], ids=str)
+def test_every_way_to_learn_runs_in_bfloat16(
+    learnt: dict[str, Any], parent: Path, start: Path, tiny_data: Path, tmp_path: Path
+):
+    data = PreparedData.open(tiny_data)
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        teaching = Teaching(parent, DistillConfig(**learnt), tmp_path / f"cache-{dtype}")
+        settings = recipe(dtype=dtype)
+        out = tmp_path / dtype
+        losses.append(train(settings, data=data, out=out, start=start, teacher=teaching).val_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_a_routed_parent_teaches_as_it_generates(start: Path, tiny_data: Path):
     data = PreparedData.open(tiny_data)
     batch = TrainLoader(data.split("train"), row_tokens=16, seed=0, eos_token_id=0).batch(0, 2)
