@@ -17,6 +17,10 @@ STOP_S = 120.0
 """how long a training that was asked to stop may take to write its checkpoint"""
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM reached this process, and not the child, as a terminal's Ctrl-C does."""
+
+
 class MemberFailed(Exception):
     """A member came to no result; the message says why."""
 
@@ -32,17 +36,21 @@ def run_mor(args: Sequence[str]) -> str:
     with tempfile.TemporaryFile("w+") as out:
         command = [sys.executable, "-m", "mor", *args]
         # close_fds: the child holds the lock of `only_one` too, should this process be killed.
-        child = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.PIPE, text=True, close_fds=False
-        )
-        with child, _terminated_together(child):
+        with (
+            _sigterm_interrupts(),
+            subprocess.Popen(
+                command, stdout=out, stderr=subprocess.PIPE, text=True, close_fds=False
+            ) as child,
+        ):
             assert child.stderr is not None
             try:
                 for line in child.stderr:
                     print(f"  {line.rstrip()}", file=sys.stderr, flush=True)
                     last.append(line.strip())
                 code = child.wait()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                if isinstance(stop, _Terminated):
+                    child.terminate()
                 try:  # it heard it too, and writes its checkpoint
                     child.wait(STOP_S)
                 except subprocess.TimeoutExpired:
@@ -61,15 +69,14 @@ def run_mor(args: Sequence[str]) -> str:
 
 
 @contextmanager
-def _terminated_together(child: subprocess.Popen[str]) -> Iterator[None]:
-    """Pass a SIGTERM on to the child, which a terminal's Ctrl-C reaches by itself."""
+def _sigterm_interrupts() -> Iterator[None]:
+    """Raise _Terminated on SIGTERM instead of ending at once, which would leave a child running."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: Any) -> None:
-        child.terminate()
-        raise KeyboardInterrupt
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, handle)
     try:

@@ -51,9 +51,9 @@ def claims(kept: Kept) -> list[Claim]:
     rows = []
     for scale in SCALES:
         rows += _trained(kept, scale)
-        rows += _enough(kept, scale)
         rows += _served(kept, scale)
         rows += _sizes(kept, scale)
+    rows += _enough(kept)
     rows += _few_shot()
     return rows
 
@@ -167,30 +167,33 @@ def _other_budget(scale: str, table: Table) -> Iterator[Claim]:
         "same_time_s": ("Same time", "not stated"),
         "tokens_per_param": ("Same tokens per parameter", "not stated"),
     }
+    title, paper = words.get(table.kind, (table.budget, "not stated"))
     for ours in (row for row in table.rows if row.kind == "mor"):
-        title = f"{words[table.kind][0]} ({scale}, {ours.label})"
-        paper = words[table.kind][1]
-        yield from _beside(title, paper, table, ours, table.twin, "its vanilla twin")
+        about = f"{title} ({scale}, {ours.label})"
+        yield from _beside(about, paper, table, ours, table.twin, "its vanilla twin")
 
 
-def _enough(kept: Kept, scale: str) -> Iterator[Claim]:
+def _enough(kept: Kept) -> Iterator[Claim]:
     """MoR beside the twin, and beside others of its size, where tokens are no limit."""
     title = "As many tokens as each can use"
-    found = tables(kept.get(f"tokens-{scale}", []))
+    found = tables(kept.get("tokens-cpu", []))
     if not found:
-        command = f"mor experiment recipes/experiments/tokens-{scale}.toml --data DATA --out OUT"
-        if scale == "cpu":
-            claim = f"{title} ({scale}): MoR has a lower loss than its vanilla twin"
-            yield _not_run(claim, "not stated", _why(scale), command)
+        yield _not_run(
+            f"{title} (cpu): MoR has a lower loss than its vanilla twin",
+            "not stated",
+            _why("cpu"),
+            "mor experiment recipes/experiments/tokens-cpu.toml --data DATA --out OUT",
+        )
         return
-    for ours in (row for row in found[0].rows if row.kind == "mor"):
+    table = found[0]
+    for ours in (row for row in table.rows if row.kind == "mor"):
+        about = f"{title} (cpu, {ours.label})"
         for other, words in (
-            (found[0].twin, "its vanilla twin"),
-            (found[0].plain_of_size(ours), "a vanilla model of its own size"),
-            (found[0].first("recursive"), "fixed depth"),
+            (table.twin, "its vanilla twin"),
+            (table.plain_of_size(ours), "a vanilla model of its own size"),
+            (table.first("recursive"), "fixed depth"),
         ):
-            about = f"{title} ({scale}, {ours.label})"
-            yield from _beside(about, "not stated", found[0], ours, other, words)
+            yield from _beside(about, "not stated", table, ours, other, words)
 
 
 def _beside(

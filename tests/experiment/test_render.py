@@ -151,6 +151,13 @@ def test_a_row_gives_each_as_many_tokens_as_it_can_use(kept: Path):
     assert fixed.holds == "yes" and "experiments/tokens-cpu.toml" in fixed.command
 
 
+def test_a_second_budget_of_equal_flops_goes_by_its_name(kept: Path):
+    results = Results(kept / "claims-cpu.jsonl")
+    for model, loss in {"twin": 3.0, "mor3": 2.9}.items():
+        results.add(trained(model, loss, 0, "more-flops", "same_flops"))
+    assert find(claims(read_kept(kept)), "more-flops (cpu, mor3)").holds == "yes"
+
+
 def test_a_seed_on_the_other_side_makes_a_tie(kept: Path):
     results = Results(kept / "claims-cpu.jsonl")
     results.add(trained("mor3", 3.02, 1, "same-flops", "same_flops"))
