@@ -15,6 +15,7 @@ from typing import Any
 
 import mor
 from mor.checkpoint import load_model
+from mor.config import check_choice
 from mor.data.loader import PreparedData
 from mor.experiment.child import MemberFailed, run_mor
 from mor.experiment.config import (
@@ -25,7 +26,7 @@ from mor.experiment.config import (
     recipe_toml,
 )
 from mor.experiment.evaluate import evaluate
-from mor.experiment.members import Member, budget_members, planned_members, sweep_members
+from mor.experiment.members import SWEEP, Member, budget_members, planned_members, sweep_members
 from mor.experiment.pace import measure_paces
 from mor.experiment.page import write_report
 from mor.experiment.results import Result, Results
@@ -52,12 +53,16 @@ def run_experiment(path: Path, config: ExperimentConfig) -> dict[str, Any]:
     experiment = load_experiment(path)
     if config.out is None:
         raise ValueError("--out is missing; give a folder for members and report")
-    data = None
+    data, names = None, [bench.name for bench in experiment.bench]
     if experiment.models:
         if config.data is None:
             raise ValueError("--data is missing; give the folder that mor prepare wrote")
         data = PreparedData.open(config.data)
-        planned_members(experiment, data)
+        planned = planned_members(experiment, data)
+        names += [member.name for member in planned if member.budget != SWEEP]
+    for one in config.only:
+        if not any(name.startswith(one) for name in names):
+            check_choice("--only", one, names)
     require_report_extra()
     config.out.mkdir(parents=True, exist_ok=True)
     with only_one(config.out):

@@ -267,6 +267,10 @@ def test_what_is_missing_is_said(
 ):
     with pytest.raises(ValueError, match="--out is missing"):
         run_experiment(experiment, ExperimentConfig(data=tiny_data))
+    mistyped = ExperimentConfig(data=tiny_data, out=tmp_path / "none", only=("same-flop_twin_s0",))
+    with pytest.raises(ValueError, match=r"--only .* is unknown; did you mean same-flops_twin_s0"):
+        run_experiment(experiment, mistyped)
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="--data is missing"):
         run_experiment(experiment, ExperimentConfig(out=tmp_path / "out"))
     with pytest.raises(ValueError, match="max_hours is -1"):
