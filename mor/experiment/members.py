@@ -10,9 +10,9 @@ from typing import Any
 from mor.config import ModelConfig
 from mor.data.loader import PreparedData
 from mor.experiment.config import Budget, Entry, Experiment, kind_of
-from mor.model.cost import count_params, steps_for, training_flops
+from mor.model.cost import count_params, steps_for
 from mor.train.config import Recipe, recipe_to_dict
-from mor.train.trainer import fit_to_data
+from mor.train.trainer import fit_to_data, flops_of
 
 SWEEP = "sweep"
 """budget of the trainings that choose a rate"""
@@ -60,9 +60,7 @@ class Member:
 
     @property
     def train_flops(self) -> float:
-        model, train = self.recipe.model, self.recipe.train
-        steps = train.num_steps(model)
-        return training_flops(model, train.context, steps=steps, batch_tokens=train.batch_tokens)
+        return flops_of(self.recipe, self.recipe.train.num_steps(self.recipe.model))
 
     @property
     def tokens_per_param(self) -> float:
@@ -180,12 +178,23 @@ def _member(
     tokens = budget.amount
     if budget.kind == "same_flops":
         tokens = train.batch_tokens * steps_for(
-            config, train.context, flops=budget.amount, batch_tokens=train.batch_tokens
+            config,
+            train.context,
+            flops=budget.amount,
+            batch_tokens=train.batch_tokens,
+            shallow_share=train.shallow_share,
+            freeze=train.freeze,
         )
     elif budget.kind == "tokens_per_param":
         tokens = budget.amount * count_params(config).nonembedding
     elif budget.kind == "same_time_s":
         assert pace is not None
+        if train.shallow_share:
+            raise ValueError(
+                f"{experiment.name}: budget {budget.name} counts seconds by the pace of the first "
+                f"steps, but {model.name} has shallow_share {train.shallow_share}; use same_flops "
+                "or same_tokens"
+            )
         tokens = budget.amount * pace
     steps = round(tokens / train.batch_tokens)
     if steps < 1:

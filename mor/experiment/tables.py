@@ -10,6 +10,7 @@ from mor.experiment.members import SWEEP
 from mor.experiment.results import Result
 from mor.experiment.stats import Difference, difference, spread
 from mor.log import human_bytes, human_count
+from mor.train.config import with_defaults
 
 DEPTH_TOLERANCE = 0.02
 """mean depths that differ by less are equal"""
@@ -76,8 +77,23 @@ class Table(NamedTuple):
                 return row
         return None
 
+    def control(self, ours: Row) -> Row | None:
+        """Return the random router that differs from a row in the fewest settings."""
+        found = [row for row in self.rows if row.kind == "random"]
+        return min(found, key=lambda row: _num_other_settings(row, ours), default=None)
+
     def row(self, model: str) -> Row | None:
         return next((row for row in self.rows if row.model == model), None)
+
+
+def _num_other_settings(row: Row, other: Row) -> int:
+    """Count the settings of model and training in which two rows differ."""
+    mine, theirs = (with_defaults(one.results[0]["recipe"]) for one in (row, other))
+    return sum(
+        mine[table].get(name) != theirs[table].get(name)
+        for table in ("model", "train")
+        for name in {*mine[table], *theirs[table]}
+    )
 
 
 def tables(results: Sequence[Result]) -> list[Table]:

@@ -32,7 +32,12 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_parameter": tokens / own["params_nonembedding"],
         "train_flops": cost.training_flops(
-            model, train.context, steps=steps, batch_tokens=train.batch_tokens
+            model,
+            train.context,
+            steps=steps,
+            batch_tokens=train.batch_tokens,
+            shallow_steps=cost.num_shallow_steps(steps, train.shallow_share),
+            freeze=train.freeze,
         ),
         "element_bytes": ELEMENT_BYTES,
     }
@@ -46,7 +51,9 @@ def _costs(model: ModelConfig, train: TrainConfig) -> dict[str, float]:
         "params_nonembedding": params.nonembedding,
         "params_effective": params.effective,
         "flops_per_token": forward,
-        "train_flops_per_token": cost.training_flops_per_token(model, train.context),
+        "train_flops_per_token": cost.training_flops_per_token(
+            model, train.context, freeze=train.freeze
+        ),
         "decode_flops_per_token": cost.decode_flops_per_token(model, train.context),
         "kv_bytes_per_token": cost.kv_bytes_per_token(model, element_bytes=ELEMENT_BYTES),
         "weight_bytes_per_token": cost.weight_bytes_per_step(model, element_bytes=ELEMENT_BYTES),

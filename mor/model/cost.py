@@ -2,20 +2,23 @@
 
 One multiply-add is two FLOPs. Grouped-query attention, router and head are counted; embedding
 look-ups, norms and activations are not. `active` is always the share of tokens active at each
-recursion, so the mean depth is its sum. Training is three times the forward pass.
+recursion, so the mean depth is its sum. Training is three times the forward pass, less where
+weights are frozen.
 Formulas: FACTS of arXiv 2507.10524 counted honestly (the paper ignores grouped heads and the head).
 """
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mor.config import ModelConfig
+
+Freeze = Literal["none", "embedding", "prelude"]
+FREEZE: tuple[Freeze, ...] = ("none", "embedding", "prelude")
 
 
 class ParamCount(NamedTuple):
@@ -184,9 +187,25 @@ def _causal_pairs(count: float) -> float:
     return count * (count + 1) / 2
 
 
-def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of forward and backward for one token of a packed row of `length` tokens."""
-    return 3 * sequence_flops(config, length) / length
+def training_flops_per_token(
+    config: ModelConfig,
+    length: int,
+    *,
+    active: Sequence[float] | None = None,
+    freeze: Freeze = "none",
+) -> float:
+    """FLOPs of forward and backward for one token of a packed row of `length` tokens.
+
+    active  share of tokens at each recursion; the capacities unless given
+    freeze  what keeps its weights; no gradient is worked out for it, or for what comes before
+    """
+    flops = 3 * sequence_flops(config, length, active=active) / length
+    if freeze != "none":
+        flops -= 2 * config.hidden_size * config.vocab_size
+    if freeze == "prelude":
+        pairs = _causal_pairs(length) * pair_flops(config) / length
+        flops -= 2 * config.num_prelude_layers * (linear_flops(config) + pairs)
+    return flops
 
 
 def warm_share(share: float, step: int, warmup_steps: int) -> float:
@@ -201,31 +220,69 @@ def warm_share(share: float, step: int, warmup_steps: int) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _warmup_flops(config: ModelConfig, length: int) -> tuple[float, ...]:
+def _warmup_flops(config: ModelConfig, length: int, freeze: Freeze) -> tuple[float, ...]:
     """FLOPs per token of the first 0, 1, .. W steps together, while capacities warm up."""
     W, total = config.capacity_warmup_steps, [0.0]
     for step in range(W):
         shares = tuple(warm_share(share, step, W) for share in config.capacity)
-        warm = dataclasses.replace(config, capacity=shares, capacity_warmup_steps=0)
-        total.append(total[-1] + training_flops_per_token(warm, length))
+        cost = training_flops_per_token(config, length, active=shares, freeze=freeze)
+        total.append(total[-1] + cost)
     return tuple(total)
 
 
-def training_flops(config: ModelConfig, length: int, *, steps: int, batch_tokens: int) -> float:
-    """FLOPs of so many optimizer steps, forward and backward, capacity warm-up counted."""
-    warm = _warmup_flops(config, length)
-    after = max(0, steps - config.capacity_warmup_steps)
-    per_token = warm[min(steps, len(warm) - 1)] + after * training_flops_per_token(config, length)
-    return per_token * batch_tokens
+def training_flops(
+    config: ModelConfig,
+    length: int,
+    *,
+    steps: int,
+    batch_tokens: int,
+    shallow_steps: int = 0,
+    freeze: Freeze = "none",
+) -> float:
+    """FLOPs of so many optimizer steps, forward and backward, capacity warm-up counted.
+
+    shallow_steps  the first ones, in which every token takes one recursion alone
+    freeze         what keeps its weights
+    """
+    once = (1.0, *[0.0] * (config.num_recursions - 1))
+    warm, shallow = _warmup_flops(config, length, freeze), min(steps, shallow_steps)
+    warming = min(steps - shallow, config.capacity_warmup_steps)
+    flops = warm[warming]
+    for count, active in ((shallow, once), (steps - shallow - warming, config.capacity)):
+        flops += count * training_flops_per_token(config, length, active=active, freeze=freeze)
+    return flops * batch_tokens
 
 
-def steps_for(config: ModelConfig, length: int, *, flops: float, batch_tokens: int) -> float:
-    """Optimizer steps that so many FLOPs pay for; a whole number while capacities warm up."""
-    warm, per_token = _warmup_flops(config, length), flops / batch_tokens
-    if per_token < warm[-1]:
-        return float(bisect.bisect_right(warm, per_token) - 1)
-    rest = per_token - warm[-1]
-    return config.capacity_warmup_steps + rest / training_flops_per_token(config, length)
+def num_shallow_steps(steps: int, shallow_share: float) -> int:
+    """Return how many of the steps of a training are shallow."""
+    return int(shallow_share * steps)
+
+
+@functools.lru_cache(maxsize=64)
+def steps_for(
+    config: ModelConfig,
+    length: int,
+    *,
+    flops: float,
+    batch_tokens: int,
+    shallow_share: float = 0.0,
+    freeze: Freeze = "none",
+) -> float:
+    """Optimizer steps that so many FLOPs pay for, the last of them in part.
+
+    shallow_share  share of the steps, the first ones, in which tokens take one recursion alone
+    freeze         what keeps its weights
+    """
+    if not shallow_share and not config.capacity_warmup_steps:
+        return flops / batch_tokens / training_flops_per_token(config, length, freeze=freeze)
+
+    def cost(steps: int) -> float:
+        shallow = num_shallow_steps(steps, shallow_share)
+        size = {"steps": steps, "batch_tokens": batch_tokens, "shallow_steps": shallow}
+        return training_flops(config, length, **size, freeze=freeze)
+
+    whole = bisect.bisect_right(range(2**62), flops, key=cost) - 1
+    return whole + (flops - cost(whole)) / (cost(whole + 1) - cost(whole))
 
 
 def decode_flops_per_token(

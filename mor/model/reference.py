@@ -75,7 +75,7 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
     if config.router == "token_choice":
         token_depth_BT, token_score_BTR, router_loss = _token_choice(stack, x_BTD, real_BT, rule)
     stats = []
-    for r in range(config.num_recursions):
+    for r in range(stack.depth_limit):
         gate_BT1, logit_N, score_BT, candidate_BT = None, x_ND.new_empty(0), None, active_BT
         passing = x_ND.new_empty(0)
         if token_depth_BT is not None:

@@ -70,6 +70,8 @@ class Stack(nn.Module):
         self.config = config
         self.recompute: Recompute = "none"
         """what is computed again in the backward pass instead of being kept for it"""
+        self.depth_limit = config.num_recursions
+        """recursions that any token may take; the trainer begins with 1 where it is asked to"""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         own = range(config.num_prelude_layers), range(config.num_coda_layers)
         block = config.num_unique_layers - config.num_own_layers
@@ -160,7 +162,7 @@ class Stack(nn.Module):
         router_loss = None if choice is None else choice.loss
         stats: list[RecursionStats] = []
         left: list[tuple[Tensor, Tensor]] = []  # rows of a recursion, and which of them went on
-        for r in range(self.config.num_recursions):
+        for r in range(self.depth_limit):
             num_candidates, gate_A1 = len(rows), None
             logit_N = passing = x_ND.new_empty(0)
             routing = self._route(r, x_ND, rows, rule, choice, origin_N)
@@ -249,7 +251,7 @@ class Stack(nn.Module):
             picks = [a - b for a, b in zip(active, [*active[1:], 0], strict=True)]
             cast(TokenRouter, self.routers[0]).after_step(torch.tensor(picks))
             return
-        for r in range(self.config.num_routers):
+        for r in range(min(self.config.num_routers, len(micro_batches[0]))):
             scores = [stats[r].score_N for stats in micro_batches]
             self.router(r).after_step(torch.cat(scores), is_first=is_first)
 

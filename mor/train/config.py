@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mor.config import ModelConfig, check_choice
-from mor.model.cost import steps_for
+from mor.model.cost import FREEZE, Freeze, steps_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +46,12 @@ class TrainConfig:
     """share of the steps that warm up"""
     decay_share: float = 0.2
     """share of the steps in which the trapezoid falls"""
+    shallow_share: float = 0.0
+    """share of the steps, the first ones, in which every token takes one recursion alone"""
     weight_decay: float = 0.1
     """decay of matrices; norms have none"""
+    freeze: Freeze = "none"
+    """what keeps its weights: embedding and head, or these and the prelude; for uptraining"""
     beta1: float = 0.9
     """AdamW's first beta"""
     beta2: float = 0.95
@@ -86,11 +90,13 @@ class TrainConfig:
             _check_number(name, getattr(self, name), 0)
         for name in ("lr", "grad_clip", "router_lr_scale", "lora_lr_scale"):
             _check_number(name, getattr(self, name), 0, is_open=True)
-        for name in ("warmup_share", "decay_share"):
+        for name in ("warmup_share", "decay_share", "shallow_share"):
             value = getattr(self, name)
             _check_number(name, value, 0)
             if value > 1:
                 raise ValueError(f"{name} is {value}; give a share from 0 to 1")
+        if self.shallow_share == 1:
+            raise ValueError("shallow_share is 1, no step would recurse; give less than 1")
         for name in ("context", "batch_tokens", "log_every", "eval_tokens", "keep_checkpoints"):
             _check_number(name, getattr(self, name), 1)
         for name in ("micro_batch_tokens", "eval_every", "checkpoint_every", "seed"):
@@ -111,6 +117,7 @@ class TrainConfig:
                 f"{self.micro_batch_tokens}"
             )
         check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        check_choice("freeze", self.freeze, FREEZE)
         check_choice("schedule", self.schedule, ("trapezoid", "cosine"))
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("recompute", self.recompute, ("none", "recursion", "layer"))
@@ -127,8 +134,15 @@ class TrainConfig:
         """Optimizer steps that the budget allows a model, at least one."""
         if self.budget_tokens:
             return max(1, round(self.budget_tokens / self.batch_tokens))
-        size = {"flops": self.budget_flops, "batch_tokens": self.batch_tokens}
-        return max(1, round(steps_for(model, self.context, **size)))
+        steps = steps_for(
+            model,
+            self.context,
+            flops=self.budget_flops,
+            batch_tokens=self.batch_tokens,
+            shallow_share=self.shallow_share,
+            freeze=self.freeze,
+        )
+        return max(1, round(steps))
 
 
 def _check_number(name: str, value: float, least: float, *, is_open: bool = False) -> None:
@@ -152,6 +166,13 @@ class Recipe:
 
     model: ModelConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.train.shallow_share and self.model.router == "token_choice":
+            raise ValueError(
+                f"shallow_share is {self.train.shallow_share}, but token_choice decides every "
+                "depth at once; use 0, or another router"
+            )
 
 
 RECIPE_TABLES: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}

@@ -79,6 +79,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         is_muon = config.optimizer == "muon" and is_projection(name, param)
         lr_scale = rate_scale(name, config)
         decay = config.weight_decay if decays(name, param) else 0.0

@@ -189,9 +189,9 @@ def layers_at_ends(student: ModelConfig, parent_layers: int) -> list[int]:
 
 
 def state_gap(ends: Sequence[End], teacher: Sequence[Tensor]) -> Tensor:
-    """Sum over active rows of |x - t|^2 / |t|^2, mean over recursions."""
+    """Sum over active rows of |x - t|^2 / |t|^2, mean over the recursions that anybody took."""
     total = teacher[0].new_zeros((), dtype=torch.float32)
-    for end, t_ND in zip(ends, teacher, strict=True):
+    for end, t_ND in zip(ends, teacher, strict=False):
         t_AD = t_ND[end.origin_A].float()
         distance_A = (end.x_AD.float() - t_AD).square().sum(-1)
         total = total + (distance_A / t_AD.square().sum(-1).clamp_min(1e-12)).sum()

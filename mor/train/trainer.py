@@ -24,11 +24,16 @@ from mor.config import ModelConfig
 from mor.data.loader import Batch, PreparedData, TrainLoader, sequential_batches
 from mor.files import claim_folder, read_json, remove_leftovers, sha256_file, write_json
 from mor.log import logger, progress
-from mor.model.cost import count_params, training_flops, training_flops_per_token
+from mor.model.cost import (
+    count_params,
+    num_shallow_steps,
+    training_flops,
+    training_flops_per_token,
+)
 from mor.model.mor import MoR
 from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
-from mor.train.config import Recipe, check_context, recipe_to_dict, with_defaults
+from mor.train.config import Recipe, TrainConfig, check_context, recipe_to_dict, with_defaults
 from mor.train.distill import DistillConfig
 from mor.train.heldout import measure_loss, set_thresholds
 from mor.train.metrics import (
@@ -120,7 +125,7 @@ def train(
         taught = Teacher(folder, recipe.model, asked, dtype=dtype, device=device, cache=cache)
         parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
     optimizer = build_optimizer(model, config)
-    flops_per_token = training_flops_per_token(recipe.model, config.context)
+    flops_per_token = training_flops_per_token(recipe.model, config.context, freeze=config.freeze)
     num_steps = config.num_steps(recipe.model)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0}
@@ -195,9 +200,20 @@ def new_model(recipe: Recipe, device: torch.device) -> MoR:
     torch.manual_seed(recipe.train.seed)
     model = MoR(recipe.model).to(device).train()
     model.model.recompute = recipe.train.recompute
+    freeze(model, recipe.train)
     if recipe.train.compile:
         model.model.compile_layers()
     return model
+
+
+def freeze(model: MoR, config: TrainConfig) -> None:
+    """Let the parts that a recipe freezes keep their weights."""
+    if config.freeze == "none":
+        return
+    model.head_weight_VD.requires_grad_(False)
+    model.model.embed_tokens.requires_grad_(False)
+    for layer in model.model.prelude if config.freeze == "prelude" else ():
+        layer.requires_grad_(False)
 
 
 class Teaching(NamedTuple):
@@ -239,6 +255,8 @@ def train_step(
     """
     config = recipe.train
     tokens = config.batch_tokens
+    shallow_steps = num_shallow_steps(config.num_steps(recipe.model), config.shallow_share)
+    model.model.depth_limit = 1 if step < shallow_steps else recipe.model.num_recursions
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     router_sum, divergence_sum = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
     state_sum = torch.zeros_like(loss_sum)
@@ -280,7 +298,7 @@ def train_step(
         losses["state_gap"] = float(state_sum) / tokens
     if all(map(math.isfinite, losses.values())):
         optimizer.step()
-        model.model.after_step(routed, is_first=step == 0)
+        model.model.after_step(routed, is_first=step == shallow_steps)
     optimizer.zero_grad(set_to_none=True)
     return losses
 
@@ -331,8 +349,14 @@ def _finish(
 def flops_of(recipe: Recipe, steps: int) -> float:
     """FLOPs of so many steps of a recipe."""
     train = recipe.train
-    sizes = {"steps": steps, "batch_tokens": train.batch_tokens}
-    return training_flops(recipe.model, train.context, **sizes)
+    return training_flops(
+        recipe.model,
+        train.context,
+        steps=steps,
+        batch_tokens=train.batch_tokens,
+        shallow_steps=num_shallow_steps(train.num_steps(recipe.model), train.shallow_share),
+        freeze=train.freeze,
+    )
 
 
 def held_batches(data: PreparedData, split: str, recipe: Recipe) -> list[Batch]:

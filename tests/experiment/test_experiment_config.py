@@ -111,6 +111,13 @@ def test_a_budget_too_small_for_a_step_is_said_before_anything_runs(
         planned_members(load_experiment(path), PreparedData.open(tiny_data))
 
 
+def test_seconds_are_no_budget_where_steps_differ_in_pace(tmp_path: Path, tiny_data: Path):
+    path = tmp_path / "exp.toml"
+    path.write_text(EXPERIMENT.replace("[train]", "[train]\nshallow_share = 0.5"))
+    with pytest.raises(ValueError, match=r"but twin has shallow_share 0\.5; use same_flops"):
+        planned_members(load_experiment(path), PreparedData.open(tiny_data))
+
+
 def test_a_members_recipe_is_read_back_as_it_was(experiment: Path, tiny_data: Path, tmp_path: Path):
     for member in planned_members(load_experiment(experiment), PreparedData.open(tiny_data)):
         path = tmp_path / "recipe.toml"

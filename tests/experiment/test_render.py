@@ -138,6 +138,22 @@ def test_claims_are_told_from_results(kept: Path):
     assert find(rows, "Throughput (gpu)").holds == "not run: no GPU was at hand"
 
 
+def test_the_random_router_beside_a_row_is_the_one_of_its_settings(kept: Path):
+    results = Results(kept / "claims-cpu.jsonl")
+    for seed in (0, 1):
+        steep = trained("mor3", 2.7, seed, "same-flops", "same_flops")
+        random = trained("random3", 2.75, seed, "same-flops", "same_flops")
+        for result, name in ((steep, "steep"), (random, "random-steep")):
+            recipe = {"model": {"num_recursions": 3, "capacity": [1.0, 0.5, 0.25]}}
+            member = {"member": f"same-flops_{name}_s{seed}", "model": name, "label": name}
+            results.add({**result, **member, "recipe": recipe})
+    commands = [row.command for row in claims(read_kept(kept)) if "a random one" in row.claim]
+    assert [command.split("--only ")[1] for command in commands] == [
+        "same-flops_mor3 same-flops_random3",
+        "same-flops_steep same-flops_random-steep",
+    ]
+
+
 def test_a_row_gives_each_as_many_tokens_as_it_can_use(kept: Path):
     assert find(claims(read_kept(kept)), "As many tokens").holds == "not run: no result is kept"
     results = Results(kept / "tokens-cpu.jsonl")

@@ -78,6 +78,8 @@ def test_fast_equals_reference_for_random_small_models(data):
         **apart,
     )
     model.model.recompute = draw(st.sampled_from(["none", "recursion", "layer"]))
+    if router != "token_choice":
+        model.model.depth_limit = draw(st.integers(1, recursions))
     B, T = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     options = {"rule": draw(st.sampled_from(["train", "causal"]))}
     if draw(st.booleans()):

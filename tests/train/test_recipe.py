@@ -12,8 +12,9 @@ import tyro
 
 from mor.commands import Plan
 from mor.config import ModelConfig
-from mor.model.cost import training_flops, training_flops_per_token
+from mor.model.cost import num_shallow_steps, training_flops, training_flops_per_token
 from mor.train.config import (
+    Recipe,
     TrainConfig,
     load_recipe,
     read_recipe,
@@ -104,6 +105,44 @@ def test_steps_in_which_capacities_warm_up_cost_more() -> None:
         assert TrainConfig(**budget).num_steps(warm) == steps
 
 
+@pytest.mark.parametrize("warmup", [0, 15])
+def test_shallow_steps_cost_what_one_recursion_costs(warmup: int) -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": 32, "num_recursions": 3}
+    deep = ModelConfig(**fields, router="expert_choice", capacity_warmup_steps=warmup)
+    once = ModelConfig(num_hidden_layers=12)
+    sizes = {"batch_tokens": 1024}
+    spent = training_flops(deep, 512, steps=100, shallow_steps=60, **sizes)
+    expected = training_flops(deep, 512, steps=40, **sizes)
+    expected += training_flops(once, 512, steps=60, **sizes)
+    assert spent == pytest.approx(expected, rel=1e-3)  # the routers are the rest
+    for steps in (1, 7, 10, 100):
+        shallow = num_shallow_steps(steps, 0.6)
+        spent = training_flops(deep, 512, steps=steps, shallow_steps=shallow, **sizes)
+        budget = {"budget_flops": 1.0001 * spent, "context": 512, "shallow_share": 0.6}
+        assert TrainConfig(**budget, **sizes).num_steps(deep) == steps
+
+
+def test_what_is_frozen_costs_no_gradients() -> None:
+    model = ModelConfig(prelude_layers=10, num_hidden_layers=32, num_recursions=3)
+    whole = training_flops_per_token(model, 512)
+    head = 2 * model.hidden_size * model.vocab_size
+    of_layers = (whole - 3 * head) / 32
+    embedding = training_flops_per_token(model, 512, freeze="embedding")
+    prelude = training_flops_per_token(model, 512, freeze="prelude")
+    assert whole - embedding == pytest.approx(head)
+    assert embedding - prelude == pytest.approx(2 / 3 * 10 * of_layers)
+    budget = {"context": 512, "batch_tokens": 1024, "budget_flops": 1e6 * prelude}
+    steps = TrainConfig(**budget, freeze="prelude").num_steps(model)
+    assert steps == round(1e6 / 1024)
+    assert TrainConfig(**budget).num_steps(model) < steps
+
+
+def test_token_choice_has_no_shallow_steps() -> None:
+    model = ModelConfig(num_hidden_layers=32, num_recursions=3, router="token_choice")
+    with pytest.raises(ValueError, match=r"shallow_share is 0\.5, but token_choice decides"):
+        Recipe(model=model, train=TrainConfig(budget_tokens=1, shallow_share=0.5))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -118,6 +157,7 @@ def test_steps_in_which_capacities_warm_up_cost_more() -> None:
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"beta1": 1.0}, "beta1 is 1.0"),
         ({"warmup_share": 1.5}, "warmup_share is 1.5"),
+        ({"shallow_share": 1}, "no step would recurse"),
         ({"context": 0}, "context is 0"),
         ({"batch_tokens": 1000}, "batch_tokens is 1000; give a multiple of context 512"),
         ({"micro_batch_tokens": 100}, "micro_batch_tokens is 100"),

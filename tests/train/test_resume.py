@@ -46,16 +46,17 @@ def with_model(recipe: Recipe, **fields: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("fields", "optimizer"),
+    ("fields", "settings"),
     [
-        ({}, "adamw"),
-        ({"router_aux": "router", "capacity_warmup_steps": 9}, "adamw"),
-        ({"router": "threshold", "capacity_warmup_steps": 9}, "adamw"),
-        ({"router": "random"}, "adamw"),
-        ({"router": "fixed"}, "adamw"),
-        ({"router_aux": "router"}, "muon"),
+        ({}, {}),
+        ({"router_aux": "router", "capacity_warmup_steps": 9}, {}),
+        ({"router": "threshold", "capacity_warmup_steps": 9}, {}),
+        ({"router": "threshold", "capacity_warmup_steps": 3}, {"shallow_share": 0.75}),
+        ({"router": "random"}, {}),
+        ({"router": "fixed"}, {"shallow_share": 0.75}),
+        ({"router_aux": "router"}, {"optimizer": "muon", "shallow_share": 0.5}),
     ],
-    ids=["expert_choice", "aux_router", "threshold", "random", "fixed", "muon"],
+    ids=["expert_choice", "aux_router", "threshold", "shallow", "random", "fixed", "muon"],
 )
 def test_a_resumed_run_repeats_the_bits_of_one_that_never_stopped(
     tiny_data: Path,
@@ -63,12 +64,10 @@ def test_a_resumed_run_repeats_the_bits_of_one_that_never_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any],
-    optimizer: Any,
+    settings: dict[str, Any],
 ) -> None:
     recipe = load_recipe(tiny_recipe)
-    recipe = dataclasses.replace(
-        recipe, train=dataclasses.replace(recipe.train, optimizer=optimizer)
-    )
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **settings))
     if fields:
         recipe = with_model(recipe, **{"gating": "auto", "capacity": (), **fields})
     data = PreparedData.open(tiny_data)

@@ -206,7 +206,7 @@ def test_a_taught_run_resumes_to_the_same_bits(
 ):
     data = PreparedData.open(tiny_data)
     teaching = Teaching(parent, DistillConfig(state_weight=0.1))
-    settings = recipe(checkpoint_every=2)
+    settings = recipe(checkpoint_every=2, shallow_share=0.5)
     whole = train(settings, data=data, out=tmp_path / "a", start=start, teacher=teaching)
     step = trainer.train_step
 

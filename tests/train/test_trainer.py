@@ -20,7 +20,7 @@ from mor.train import state, trainer
 from mor.train.config import Recipe, TrainConfig, load_recipe
 from mor.train.metrics import RoutingMeter, read_metrics
 from mor.train.optim import build_optimizer
-from mor.train.trainer import train
+from mor.train.trainer import new_model, train
 
 ROUTINGS = [
     ("expert_choice", "weighted"),
@@ -130,6 +130,24 @@ def test_recomputing_changes_no_bit_of_a_run(
     plain = train_short(tiny_data, tmp_path / "plain")
     again = train_short(tiny_data, tmp_path / "again", recompute=recompute)
     assert all(torch.equal(plain[name], again[name]) for name in plain.keys() | again.keys())
+
+
+@pytest.mark.parametrize("freeze", ["embedding", "prelude"])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_frozen_parts_keep_their_bits_and_the_rest_learns(
+    freeze: Any, is_tied: bool, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(budget_tokens=1024, freeze=freeze, weight_decay=0.1)
+    model = dataclasses.replace(recipe.model, tie_word_embeddings=is_tied)
+    recipe = dataclasses.replace(recipe, model=model)
+    train(recipe, data=PreparedData.open(tiny_data), out=tmp_path / "run")
+    before = new_model(recipe, torch.device("cpu")).state_dict()
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    kept = {name for name, weight in after.items() if torch.equal(weight, before[name])}
+    frozen = {name for name in after if "embed_tokens" in name or "lm_head" in name}
+    if freeze == "prelude":
+        frozen |= {name for name in after if ".layers.0." in name}
+    assert frozen and kept - {name for name in kept if "router" in name} == frozen
 
 
 @pytest.mark.slow
