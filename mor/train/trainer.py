@@ -59,6 +59,10 @@ class Batches(Protocol):
     def batch(self, first_sample: int, count: int) -> Batch: ...
 
 
+SUMMARY = "summary.json"
+"""written last: a run that has it is finished"""
+
+
 class TrainSummary(NamedTuple):
     """What a finished run reports; `summary.json` holds the same."""
 
@@ -115,6 +119,10 @@ def train(
         origin |= {"teacher": sha256_file(teacher.folder / WEIGHTS)}
         origin |= dataclasses.asdict(teacher.config)
     _open_run(out, recipe, data, origin, resume=resume)
+    if resume and (out / SUMMARY).is_file() and (out / "model" / WEIGHTS).is_file():
+        logger.info("%s is finished", out)
+        known: dict[str, Any] = read_json(out / SUMMARY)
+        return TrainSummary(**known | {"model": str(out / "model")})
 
     model = new_model(recipe, device)
     if start is not None:
@@ -342,7 +350,7 @@ def _finish(
     save_model(
         model, out / "model", tokenizer=data.tokenizer(), calibration=calibration or None, card=card
     )
-    write_json(out / "summary.json", summary._asdict())
+    write_json(out / SUMMARY, summary._asdict())
     return summary
 
 

@@ -7,6 +7,7 @@ learns from the parent. What is done stays done: the same command goes on where 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def uptrain(parent: str, config: UptrainConfig) -> dict[str, Any]:
     wanted = _wanted(config, recipe)
     config.out.mkdir(parents=True, exist_ok=True)
     with only_one(config.out):
+        _hold_to_first(parent, config, recipe)
         plain = dataclasses.replace(recipe.convert, **_PLAIN)
         for name, how in (("parent", plain), ("start", recipe.convert)):
             if not (config.out / name).is_dir():
@@ -72,6 +74,27 @@ def uptrain(parent: str, config: UptrainConfig) -> dict[str, Any]:
 
 
 _PLAIN: dict[str, Any] = {"num_recursions": 1}
+
+
+def _hold_to_first(parent: str, config: UptrainConfig, recipe: UptrainRecipe) -> None:
+    """Refuse another parent, conversion or text than those that the folder was begun with.
+
+    The stages hold themselves to their settings.
+    """
+    told: dict[str, Any] = {"parent": parent, "data": config.data}
+    told["convert"] = dataclasses.asdict(recipe.convert)
+    if config.data == SELF:
+        told["self"] = dataclasses.asdict(recipe.self_text)
+    asked = json.loads(json.dumps(told, default=str))
+    file = config.out / "asked.json"
+    before = read_json(file) if file.is_file() else asked
+    for name in asked:
+        if before.get(name) != asked[name]:
+            raise ValueError(
+                f"{name} is {asked[name]}, {config.out} was begun with {before.get(name)}; give "
+                "the same, or another --out"
+            )
+    write_json(file, asked)
 
 
 def _wanted(config: UptrainConfig, recipe: UptrainRecipe) -> set[str]:
@@ -112,28 +135,26 @@ def _parent_bits(config: UptrainConfig, stage: Stage, data: PreparedData) -> dic
 def _stage(config: UptrainConfig, stage: Stage, before: Path, data: PreparedData) -> dict[str, Any]:
     """Run a stage, or what is left of it; returns its summary."""
     out = config.out / stage.name
-    if not (out / "summary.json").is_file():
-        if not before.is_dir():
-            raise ValueError(f"{before} is missing; run the stages before {stage.name} first")
-        settings = dataclasses.replace(stage.train, device=config.device)
-        if config.max_tokens:
-            tokens = min(stage.train.budget_tokens or config.max_tokens, config.max_tokens)
-            settings = dataclasses.replace(settings, budget_tokens=tokens, budget_flops=0)
-        model = stage.config(ModelConfig.load(config.out / "start"))
-        teacher = None
-        if stage.distill is not None:
-            cache = config.teacher_cache or config.out / "teacher"
-            teacher = Teaching(config.out / "parent", stage.distill, cache)
-        is_begun = (out / "run.json").is_file()
-        train(
-            Recipe(model=model, train=settings),
-            data=data,
-            out=out,
-            resume=is_begun,
-            start=before,
-            teacher=teacher,
-        )
-    return {"stage": stage.name, **read_json(out / "summary.json")}
+    if not before.is_dir():
+        raise ValueError(f"{before} is missing; run the stages before {stage.name} first")
+    settings = dataclasses.replace(stage.train, device=config.device)
+    if config.max_tokens:
+        tokens = min(stage.train.budget_tokens or config.max_tokens, config.max_tokens)
+        settings = dataclasses.replace(settings, budget_tokens=tokens, budget_flops=0)
+    model = stage.config(ModelConfig.load(config.out / "start"))
+    teacher = None
+    if stage.distill is not None:
+        cache = config.teacher_cache or config.out / "teacher"
+        teacher = Teaching(config.out / "parent", stage.distill, cache)
+    summary = train(
+        Recipe(model=model, train=settings),
+        data=data,
+        out=out,
+        resume=(out / "run.json").is_file(),
+        start=before,
+        teacher=teacher,
+    )
+    return {"stage": stage.name, **summary._asdict()}
 
 
 def _publish(model: Path, out: Path) -> None:

@@ -122,6 +122,36 @@ def test_stages_run_one_by_one(parent: Path, recipe: Path, tiny_data: Path, tmp_
         go(parent, recipe, tmp_path, tiny_data, stages=("rooter",))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("num_recursions = 3", "num_recursions = 3\nseed = 5", "convert is .*was begun with"),
+        ("[1.0, 0.7, 0.4]", "[1.0, 0.7, 0.5]", r"model.capacity is \[1.0, 0.7, 0.5\], the run in"),
+        ("state_weight = 0.1", "state_weight = 0.2", "other weights or another parent"),
+    ],
+)
+def test_a_recipe_that_changed_meets_no_results_of_the_old(
+    parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path, old: str, new: str, said: str
+):
+    go(parent, recipe, tmp_path, tiny_data, stages=("block", "router"))
+    assert old in RECIPE
+    recipe.write_text(RECIPE.replace(old, new))
+    with pytest.raises(ValueError, match=said):
+        go(parent, recipe, tmp_path, tiny_data, stages=("block", "router"))
+
+
+def test_another_parent_or_text_needs_another_folder(
+    parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path
+):
+    go(parent, recipe, tmp_path, tiny_data, stages=("block",))
+    with pytest.raises(ValueError, match=r"data is self, .* was begun with"):
+        go(parent, recipe, tmp_path, "self", stages=("block",))
+    with pytest.raises(ValueError, match=r"parent is .*elsewhere, .* was begun with"):
+        go(tmp_path / "elsewhere", recipe, tmp_path, tiny_data, stages=("block",))
+    with pytest.raises(ValueError, match=r"train.budget_tokens is 256, the run in .* began with"):
+        go(parent, recipe, tmp_path, tiny_data, stages=("block",), max_tokens=256)
+
+
 def test_a_stage_that_was_stopped_goes_on(
     parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
