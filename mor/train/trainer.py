@@ -24,12 +24,7 @@ from mor.config import ModelConfig
 from mor.data.loader import Batch, PreparedData, TrainLoader, sequential_batches
 from mor.files import claim_folder, read_json, remove_leftovers, sha256_file, write_json
 from mor.log import logger, progress
-from mor.model.cost import (
-    count_params,
-    num_shallow_steps,
-    training_flops,
-    training_flops_per_token,
-)
+from mor.model.cost import count_params, num_shallow_steps, training_flops
 from mor.model.mor import MoR
 from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
@@ -133,7 +128,6 @@ def train(
         taught = Teacher(folder, recipe.model, asked, dtype=dtype, device=device, cache=cache)
         parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
     optimizer = build_optimizer(model, config)
-    flops_per_token = training_flops_per_token(recipe.model, config.context, freeze=config.freeze)
     num_steps = config.num_steps(recipe.model)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0}
@@ -165,7 +159,8 @@ def train(
                 if done % config.log_every == 0 or done == num_steps:
                     now_s = time.monotonic()
                     tokens_per_s = (done - log_step) * config.batch_tokens / (now_s - log_s)
-                    flops_per_s = tokens_per_s * flops_per_token
+                    flops = flops_of(recipe, done)
+                    flops_per_s = (flops - flops_of(recipe, log_step)) / (now_s - log_s)
                     speed = {
                         "tokens_per_s": tokens_per_s,
                         "flops_per_s": flops_per_s,
@@ -174,7 +169,7 @@ def train(
                         "seconds": now_s - start_s,
                     }
                     tokens = done * config.batch_tokens
-                    counts = {"tokens": tokens, "train_flops": flops_of(recipe, done), "lr": rate}
+                    counts = {"tokens": tokens, "train_flops": flops, "lr": rate}
                     metrics.write(done, {**counts, **losses, **speed, **meter.read()})
                     meter.reset()
                     log_s, log_step = now_s, done
