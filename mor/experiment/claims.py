@@ -62,6 +62,13 @@ def _verdict(gap: Difference) -> str:
     return {-1: "yes", 0: "tie", 1: "no"}[gap.sign]
 
 
+def _judged(gap: Difference, ours: Row, other: Row) -> str:
+    """Give a verdict, unless a setting that is not MoR's alone was kept from the other."""
+    if other.kind == "recursive" and other.shallow_share != ours.shallow_share:
+        return "not like for like: only MoR began with one recursion"
+    return _verdict(gap)
+
+
 def _not_run(claim: str, paper: str, why: str, command: str) -> Claim:
     return Claim(claim, paper, "", f"not run: {why}", "", command)
 
@@ -120,12 +127,12 @@ def _quality(scale: str, table: Table, ours: Row) -> Iterator[Claim]:
             "not compared",
         ),
         (
-            table.first("recursive"),
+            table.control(ours, "recursive"),
             "MoR has a lower loss than fixed depth",
             "2.7925 against 2.8466 (R = 3)",
         ),
         (
-            table.control(ours),
+            table.control(ours, "random"),
             "a learnt router is worth more than a random one",
             "0.067 nats",
         ),
@@ -138,7 +145,7 @@ def _quality(scale: str, table: Table, ours: Row) -> Iterator[Claim]:
             f"Same FLOPs ({scale}, {ours.label}): {claim}",
             paper,
             f"{_losses(ours, other)}; {_tokens(ours, other)}",
-            _verdict(gap),
+            _judged(gap, ours, other),
             _machine(ours.results),
             _command(ours.results, f"{table.budget}_{ours.model} {table.budget}_{other.model}"),
             f"{told(gap)}, {_seeds(gap)}",
@@ -191,7 +198,7 @@ def _enough(kept: Kept) -> Iterator[Claim]:
         for other, words in (
             (table.twin, "its vanilla twin"),
             (table.plain_of_size(ours), "a vanilla model of its own size"),
-            (table.first("recursive"), "fixed depth"),
+            (table.control(ours, "recursive"), "fixed depth"),
         ):
             yield from _beside(about, "not stated", table, ours, other, words)
 
@@ -208,7 +215,7 @@ def _beside(
         f"{title}: MoR has a lower loss than {words}",
         paper,
         f"{_losses(ours, other)}; training FLOPs {_percent(flops)}, {_tokens(ours, other)}",
-        _verdict(gap),
+        _judged(gap, ours, other),
         _machine(ours.results),
         _command(ours.results, f"{table.budget}_{ours.model} {table.budget}_{other.model}"),
         f"{told(gap)}, {_seeds(gap)}",

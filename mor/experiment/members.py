@@ -10,7 +10,7 @@ from typing import Any
 from mor.config import ModelConfig
 from mor.data.loader import PreparedData
 from mor.experiment.config import Budget, Entry, Experiment, kind_of
-from mor.model.cost import count_params, steps_for
+from mor.model.cost import count_params
 from mor.train.config import Recipe, recipe_to_dict
 from mor.train.trainer import fit_to_data, flops_of
 
@@ -177,14 +177,7 @@ def _member(
     train = recipe.train
     tokens = budget.amount
     if budget.kind == "same_flops":
-        tokens = train.batch_tokens * steps_for(
-            config,
-            train.context,
-            flops=budget.amount,
-            batch_tokens=train.batch_tokens,
-            shallow_share=train.shallow_share,
-            freeze=train.freeze,
-        )
+        tokens = train.batch_tokens * train.steps_for(config, budget.amount)
     elif budget.kind == "tokens_per_param":
         tokens = budget.amount * count_params(config).nonembedding
     elif budget.kind == "same_time_s":

@@ -41,6 +41,11 @@ class Row(NamedTuple):
         return sum(self.results[0]["recipe"]["model"]["capacity"])
 
     @property
+    def shallow_share(self) -> float:
+        """Share of the steps that had one recursion alone."""
+        return self.results[0]["recipe"].get("train", {}).get("shallow_share", 0.0)
+
+    @property
     def is_at_depth(self) -> bool:
         return abs(self.mean("mean_depth") / self.wanted_depth - 1) <= DEPTH_TOLERANCE
 
@@ -77,9 +82,9 @@ class Table(NamedTuple):
                 return row
         return None
 
-    def control(self, ours: Row) -> Row | None:
-        """Return the random router that differs from a row in the fewest settings."""
-        found = [row for row in self.rows if row.kind == "random"]
+    def control(self, ours: Row, kind: str) -> Row | None:
+        """Return the row of a kind that differs from another in the fewest settings."""
+        found = [row for row in self.rows if row.kind == kind]
         return min(found, key=lambda row: _num_other_settings(row, ours), default=None)
 
     def row(self, model: str) -> Row | None:

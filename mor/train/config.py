@@ -134,15 +134,18 @@ class TrainConfig:
         """Optimizer steps that the budget allows a model, at least one."""
         if self.budget_tokens:
             return max(1, round(self.budget_tokens / self.batch_tokens))
-        steps = steps_for(
+        return max(1, round(self.steps_for(model, self.budget_flops)))
+
+    def steps_for(self, model: ModelConfig, flops: float) -> float:
+        """Optimizer steps that so many FLOPs pay for, the last of them in part."""
+        return steps_for(
             model,
             self.context,
-            flops=self.budget_flops,
+            flops=flops,
             batch_tokens=self.batch_tokens,
             shallow_share=self.shallow_share,
             freeze=self.freeze,
         )
-        return max(1, round(steps))
 
 
 def _check_number(name: str, value: float, least: float, *, is_open: bool = False) -> None:

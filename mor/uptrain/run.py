@@ -25,6 +25,8 @@ from mor.train.trainer import Teaching, held_batches, train
 from mor.uptrain.config import SELF, Stage, UptrainConfig, UptrainRecipe, load_uptrain_recipe
 from mor.uptrain.self_text import write_self_text
 
+ASKED = "asked.json"
+"""what parent, start and data were made from"""
 TAKEN_ALONG = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 """files of a converted folder that a training does not write"""
 
@@ -39,13 +41,16 @@ def uptrain(parent: str, config: UptrainConfig) -> dict[str, Any]:
     wanted = _wanted(config, recipe)
     config.out.mkdir(parents=True, exist_ok=True)
     with only_one(config.out):
-        _hold_to_first(parent, config, recipe)
+        asked = _asked(parent, config, recipe)
+        _hold_to_first(config.out, asked)
         plain = dataclasses.replace(recipe.convert, **_PLAIN)
         for name, how in (("parent", plain), ("start", recipe.convert)):
             if not (config.out / name).is_dir():
                 logger.info("%s: converting %s", name, parent)
                 convert(parent, config.out / name, how)
+            _note(config.out, name, asked)
         data = _data(config, recipe)
+        _note(config.out, "data", asked)
         measured = _parent_bits(config, recipe.stages[-1], data)
         before, rows = config.out / "start", []
         for stage in recipe.stages:
@@ -76,25 +81,33 @@ def uptrain(parent: str, config: UptrainConfig) -> dict[str, Any]:
 _PLAIN: dict[str, Any] = {"num_recursions": 1}
 
 
-def _hold_to_first(parent: str, config: UptrainConfig, recipe: UptrainRecipe) -> None:
-    """Refuse another parent, conversion or text than those that the folder was begun with.
+def _asked(parent: str, config: UptrainConfig, recipe: UptrainRecipe) -> dict[str, Any]:
+    """Return what decides each of the folders that stages build on, as JSON gives it back."""
+    told: dict[str, Any] = {"parent": parent, "start": dataclasses.asdict(recipe.convert)}
+    told["data"] = config.data
+    if config.data == SELF:
+        told["data"] = {SELF: dataclasses.asdict(recipe.self_text)}
+    return json.loads(json.dumps(told, default=str))
+
+
+def _hold_to_first(out: Path, asked: dict[str, Any]) -> None:
+    """Refuse another parent, conversion or text than those that are there.
 
     The stages hold themselves to their settings.
     """
-    told: dict[str, Any] = {"parent": parent, "data": config.data}
-    told["convert"] = dataclasses.asdict(recipe.convert)
-    if config.data == SELF:
-        told["self"] = dataclasses.asdict(recipe.self_text)
-    asked = json.loads(json.dumps(told, default=str))
-    file = config.out / "asked.json"
-    before = read_json(file) if file.is_file() else asked
-    for name in asked:
-        if before.get(name) != asked[name]:
+    before = read_json(out / ASKED) if (out / ASKED).is_file() else {}
+    for name, value in asked.items():
+        if before.get(name, value) != value:
             raise ValueError(
-                f"{name} is {asked[name]}, {config.out} was begun with {before.get(name)}; give "
-                "the same, or another --out"
+                f"{name} is {value}, {out} was begun with {before[name]}; give the same, or "
+                "another --out"
             )
-    write_json(file, asked)
+
+
+def _note(out: Path, name: str, asked: dict[str, Any]) -> None:
+    """Write down what one of the folders was made from, once it is there."""
+    before = read_json(out / ASKED) if (out / ASKED).is_file() else {}
+    write_json(out / ASKED, {**before, name: asked[name]})
 
 
 def _wanted(config: UptrainConfig, recipe: UptrainRecipe) -> set[str]:

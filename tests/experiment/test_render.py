@@ -154,6 +154,22 @@ def test_the_random_router_beside_a_row_is_the_one_of_its_settings(kept: Path):
     ]
 
 
+def test_fixed_depth_that_had_not_the_same_training_gives_no_verdict(kept: Path):
+    results = Results(kept / "claims-cpu.jsonl")
+    late = {"train": {"shallow_share": 0.7}}
+    for seed in (0, 1):
+        one = trained("mor3", 2.9, seed, "same-flops", "same_flops")
+        results.add({**one, "recipe": one["recipe"] | late})
+    row = find(claims(read_kept(kept)), "Same FLOPs (cpu", "fixed depth")
+    assert row.holds == "not like for like: only MoR began with one recursion"
+    for seed in (0, 1):
+        one = trained("rec3", 3.1, seed, "same-flops", "same_flops")
+        about = {"member": f"same-flops_rec3-late_s{seed}", "model": "rec3-late"}
+        results.add({**one, **about, "recipe": one["recipe"] | late})
+    row = find(claims(read_kept(kept)), "Same FLOPs (cpu", "fixed depth")
+    assert row.holds == "yes" and "same-flops_rec3-late" in row.command
+
+
 def test_a_row_gives_each_as_many_tokens_as_it_can_use(kept: Path):
     assert find(claims(read_kept(kept)), "As many tokens").holds == "not run: no result is kept"
     results = Results(kept / "tokens-cpu.jsonl")

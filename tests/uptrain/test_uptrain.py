@@ -125,7 +125,7 @@ def test_stages_run_one_by_one(parent: Path, recipe: Path, tiny_data: Path, tmp_
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("num_recursions = 3", "num_recursions = 3\nseed = 5", "convert is .*was begun with"),
+        ("num_recursions = 3", "num_recursions = 3\nseed = 5", "start is .*was begun with"),
         ("[1.0, 0.7, 0.4]", "[1.0, 0.7, 0.5]", r"model.capacity is \[1.0, 0.7, 0.5\], the run in"),
         ("state_weight = 0.1", "state_weight = 0.2", "other weights or another parent"),
     ],
@@ -144,12 +144,26 @@ def test_another_parent_or_text_needs_another_folder(
     parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path
 ):
     go(parent, recipe, tmp_path, tiny_data, stages=("block",))
-    with pytest.raises(ValueError, match=r"data is self, .* was begun with"):
+    with pytest.raises(ValueError, match=r"data is .*self.*, .* was begun with"):
         go(parent, recipe, tmp_path, "self", stages=("block",))
     with pytest.raises(ValueError, match=r"parent is .*elsewhere, .* was begun with"):
         go(tmp_path / "elsewhere", recipe, tmp_path, tiny_data, stages=("block",))
     with pytest.raises(ValueError, match=r"train.budget_tokens is 256, the run in .* began with"):
         go(parent, recipe, tmp_path, tiny_data, stages=("block",), max_tokens=256)
+
+
+def test_a_mistake_that_made_nothing_is_not_held_against_the_next_try(
+    parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match="elsewhere"):
+        go(tmp_path / "elsewhere", recipe, tmp_path, tiny_data, stages=("block",))
+    recipe.write_text(RECIPE.replace("num_recursions = 3", "num_recursions = 4"))
+    with pytest.raises(ValueError, match="4"):
+        go(parent, recipe, tmp_path, tiny_data, stages=("block",))
+    recipe.write_text(RECIPE)
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        go(parent, recipe, tmp_path, tmp_path / "nowhere", stages=("block",))
+    assert go(parent, recipe, tmp_path, tiny_data, stages=("block",))["stages"]
 
 
 def test_a_stage_that_was_stopped_goes_on(
