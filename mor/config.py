@@ -122,6 +122,8 @@ class ModelConfig:
     """the addition counts lora_alpha / lora_rank; 0 for twice the rank"""
     lora_targets: tuple[Projection, ...] = ("q_proj", "v_proj")
     """projections that have such an addition"""
+    exit_maps: bool = False
+    """a token that leaves early passes a linear map in place of the recursions that it skips"""
     attention_bias: bool = False
     """queries, keys and values have biases, as in Qwen2; for converted models"""
     qk_norm: bool = False
@@ -285,6 +287,10 @@ class ModelConfig:
             f"router_balance bias serves the router token_choice, not {self.router}; use loss",
         )
         _require(
+            not self.exit_maps or self.router != "fixed",
+            "exit_maps serve routers that let tokens go, not fixed; leave them out",
+        )
+        _require(
             self.capacity_warmup_steps == 0 or self.router in ("expert_choice", "threshold"),
             f"capacity_warmup_steps serves expert_choice and threshold, not {self.router}; use 0",
         )
@@ -438,6 +444,7 @@ class ModelConfig:
             recursion_encoding=False,
             lora_rank=0,
             lora_alpha=0,
+            exit_maps=False,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -497,7 +504,7 @@ def _build(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 _TUPLES = ("capacity", "lora_targets")
-_LATER = ("attention_bias", "qk_norm", "prelude_layers", "coda_layers")
+_LATER = ("attention_bias", "qk_norm", "prelude_layers", "coda_layers", "exit_maps")
 """fields that older model folders do not have"""
 _NOT_FIELDS = ("model_type", "format_version", "architectures", "dtype", "transformers_version")
 

@@ -52,6 +52,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("random", {"prelude_layers": 0, "coda_layers": 2, "sharing": "none"}),
     ("expert_choice", {"prelude_layers": 0, "coda_layers": 2}),
     ("threshold", {"prelude_layers": 2, "coda_layers": 0}),
+    ("expert_choice", {"exit_maps": True, "sharing": "none", "gating": "none"}),
+    ("token_choice", {"exit_maps": True, "kv_strategy": "shared"}),
 ]
 KINDS = [*ROUTED, ("fixed", "none")]
 THRESHOLDED = ("expert_choice", "threshold")
@@ -82,6 +84,8 @@ def small_model(router="expert_choice", gating="auto", seed=0, **fields: Any) ->
     for name, param in model.named_parameters():  # what starts at 0 or 1 would hide mistakes
         if "norm" in name or "recursion_" in name:
             torch.nn.init.normal_(param, mean=0.0 if "recursion_B" in name else 1.0, std=0.3)
+        if "exit_maps" in name:
+            torch.nn.init.normal_(param, std=0.3)
     return model
 
 

@@ -117,6 +117,7 @@ def test_a_folder_of_the_first_days_still_loads() -> None:
         ({"router_score": "softmax"}, "router_score softmax serves the router token_choice"),
         ({"router_score": "tanh"}, "router_score 'tanh' is unknown"),
         ({"router_balance": "bias"}, "router_balance bias serves the router token_choice"),
+        ({"exit_maps": True, "router": "fixed"}, "exit_maps serve routers that let tokens go"),
         ({"router_balance_rate": 2.0}, "router_balance_rate is 2.0"),
         ({"router_balance_loss_coef": math.nan}, "router_balance_loss_coef is nan"),
         ({"kv_strategy": "share"}, "did you mean shared"),

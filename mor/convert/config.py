@@ -47,6 +47,8 @@ class ConvertConfig:
     """rank of each recursion's low-rank additions; svd needs one"""
     lora_targets: tuple[Projection, ...] = ("q_proj", "v_proj")
     """projections that have such an addition"""
+    exit_maps: bool = False
+    """linear maps in place of skipped recursions, zero until they are fitted or trained"""
     drop_layers: tuple[int, ...] = ()
     """layers of the parent, from 0, to leave out, where their number does not divide"""
     tokenizer: Path | None = None

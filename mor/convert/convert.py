@@ -137,7 +137,12 @@ def converted_config(parent: Parent, config: ConvertConfig) -> ModelConfig:
     }
     if config.is_routed:
         everyone = (1.0,) * config.num_recursions
-        fields |= {"gating": config.gating, "router_body": config.router_body, "capacity": everyone}
+        fields |= {
+            "exit_maps": config.exit_maps,
+            "gating": config.gating,
+            "router_body": config.router_body,
+            "capacity": everyone,
+        }
     try:
         return dataclasses.replace(plain, **fields)
     except ValueError as error:

@@ -187,11 +187,22 @@ class DeviceTick:
         """Run coda and head, and draw the next token; -1 where the logits are not finite."""
         if self.router.is_token_choice:
             x_ND = self.router.leave(rows.start_ND, x_ND, exit_gate_N)
+        if self.stack.exit_maps is not None:
+            x_ND = self._map_exits(x_ND, rows.recursion_N + 1)
         if self.config.num_coda_layers:
             x_ND = self.groups.run("coda", x_ND.clone(), self._own_rows(rows, leaves_N))
         logit_NV = self.groups.logits(x_ND)
         best_N = self.groups.argmax(logit_NV)
         return self._draw(rows, logit_NV.float(), best_N) if draws else best_N
+
+    def _map_exits(self, x_ND: Tensor, depth_N: Tensor) -> Tensor:
+        """Pass every row through every map, and keep what its depth says."""
+        assert self.stack.exit_maps is not None
+        maps, mapped_ND = self.stack.exit_maps, x_ND
+        for r, weight_DD in enumerate(maps.weight, start=1):
+            is_here_N1 = (depth_N == r)[:, None]
+            mapped_ND = (x_ND + maps.step(x_ND, weight_DD)).where(is_here_N1, mapped_ND)
+        return mapped_ND
 
     def _draw(self, rows: DeviceRows, logit_NV: Tensor, best_N: Tensor) -> Tensor:
         """Draw as `Sampler` does with a temperature and nothing else."""

@@ -19,9 +19,9 @@ from mor.ops.select import ODD, wrap
 
 def fits(config: ModelConfig) -> bool:
     """Tell whether the compiled tick knows a model's router: those of one linear score."""
-    return config.router in DECIDING and (
-        not config.has_router or (config.router_body == "linear" and not config.has_aux_router)
-    )
+    if config.exit_maps or config.router not in DECIDING:
+        return False
+    return not config.has_router or (config.router_body == "linear" and not config.has_aux_router)
 
 
 class NativeRunner(TorchRunner):

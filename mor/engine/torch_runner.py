@@ -143,6 +143,8 @@ class TorchRunner(Runner):
         x_ND = self.x[index]
         if self.router.is_token_choice:
             x_ND = self.router.leave(self.start[index], x_ND, self.exit_gate[index])
+        if self.stack.exit_maps is not None:
+            x_ND = self.stack.exit_maps(x_ND, self._tensor(self.depth[call.rows]))
         if self.config.num_coda_layers:
             x_ND = self.groups.run("coda", x_ND, self._own_rows(call, num_full))
         return self.groups.logits(x_ND[:num_full]) if num_full else None

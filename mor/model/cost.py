@@ -46,6 +46,7 @@ def count_params(config: ModelConfig) -> ParamCount:
     embedding = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
     rest = d + config.num_routers * router_params(config)  # last norm and routers
     rest += R * d if config.recursion_encoding else 0
+    maps = (R - 1) * exit_map_weights(config)
     apart = recursion_layer_params(config)
     # A layer's own gains take the place of its first ones.
     gains = 2 * d if config.relax_norms else 0
@@ -53,7 +54,7 @@ def count_params(config: ModelConfig) -> ParamCount:
     own += config.num_block_layers * (R * apart - gains)
     unrolled = config.num_hidden_layers * layer_params(config) + rest
     unrolled += config.num_block_layers * R * (apart - gains)
-    return ParamCount(embedding + own, own, embedding + unrolled)
+    return ParamCount(embedding + own + maps, own + maps, embedding + unrolled)
 
 
 def recursion_layer_params(config: ModelConfig) -> int:
@@ -158,7 +159,12 @@ def forward_flops(
         linear = block_linear_flops(config, r)
         flops += config.num_block_layers * (active * linear + attended * pair)
         candidates = active
-    return flops
+    return flops + 2 * exit_map_weights(config) * (active_tokens[0] - active_tokens[-1])
+
+
+def exit_map_weights(config: ModelConfig) -> int:
+    """Weights of the map that one token which leaves early passes."""
+    return config.hidden_size**2 if config.exit_maps else 0
 
 
 def sequence_flops(
@@ -356,6 +362,7 @@ def weight_bytes_per_step(
         weights -= config.num_block_layers * sum(shares[1:]) * _key_value_params(config)
     if config.recursion_encoding:
         weights += sum(shares) * config.hidden_size
+    weights += exit_map_weights(config) * (shares[0] - shares[-1])
     head = config.vocab_size * config.hidden_size
     routers = router_params(config) * sum((1.0, *shares)[: config.num_routers])
     return element_bytes * (weights + head + config.hidden_size + routers)

@@ -89,6 +89,31 @@ class Projection(nn.Linear):
         return y + self.scale * F.linear(low, self.recursion_B[recursion])
 
 
+class ExitMaps(nn.Module):
+    """What stands in for the recursions that a token skips: x + W_r x, where it took r < R.
+
+    W starts at zero, so that the token leaves as it is. Source: ours; a least-squares map in place
+    of whole layers is from arXiv 2505.02819.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, maps = config.hidden_size, config.num_recursions - 1
+        self.weight = nn.Parameter(torch.zeros(maps, D, D))
+
+    def forward(self, x_ND: Tensor, depth_N: Tensor) -> Tensor:
+        """Map the rows that left early; depth_N counts the recursions that each row took."""
+        for r, weight_DD in enumerate(self.weight, start=1):
+            at_A = (depth_N == r).nonzero()[:, 0]
+            left_AD = x_ND[at_A]
+            x_ND = x_ND.index_copy(0, at_A, left_AD + self.step(left_AD, weight_DD))
+        return x_ND
+
+    def step(self, x_AD: Tensor, weight_DD: Tensor) -> Tensor:
+        """Return what a map adds, in the type of the rows."""
+        return F.linear(x_AD.to(weight_DD.dtype), weight_DD).to(x_AD.dtype)
+
+
 class Attention(nn.Module):
     """Projections of grouped-query attention; who sees whom is the caller's."""
 

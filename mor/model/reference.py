@@ -123,6 +123,10 @@ def reference_stack(stack: Stack, x_ND: Tensor, rows: Rows, *, rule: Rule) -> St
         even = config.num_recursions if config.router_score == "softmax" else 2
         gate_BT1 = even * token_score_BTR.gather(-1, depth_BT.clamp(min=1)[..., None] - 1)
         x_BTD = start_BTD + gate_BT1 * (x_BTD - start_BTD)
+    if stack.exit_maps is not None:
+        for r, weight_DD in enumerate(stack.exit_maps.weight, start=1):
+            mapped_BTD = x_BTD + x_BTD @ weight_DD.T
+            x_BTD = torch.where((depth_BT == r)[..., None], mapped_BTD, x_BTD)
 
     for layer in stack.coda:
         x_BTD = layer(x_BTD, rotary, attend_among(real_BT))

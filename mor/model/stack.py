@@ -1,6 +1,6 @@
 """The recursive stack: prelude, shared block applied 1..R times per token, coda, norm.
 
-    x -> prelude -> [route -> gather -> block -> join] x R -> scatter -> coda -> norm
+    x -> prelude -> [route -> gather -> block -> join] x R -> scatter -> (exit maps) -> coda -> norm
 
 Only the rows that are active enter the block: their linear products, attention, keys and values are
 all that is spent. It knows hidden states and rows, no vocabulary.
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mor.config import ModelConfig
 from mor.model.cache import KVCache
-from mor.model.layers import Layer, RMSNorm, Rotary, rotary_angles
+from mor.model.layers import ExitMaps, Layer, RMSNorm, Rotary, rotary_angles
 from mor.model.router import Router, Routing, Rule, join
 from mor.model.rows import Rows
 from mor.model.token_router import TokenChoice, TokenRouter
@@ -91,6 +91,7 @@ class Stack(nn.Module):
         if config.recursion_encoding:
             shape = (config.num_recursions, config.hidden_size)
             self.recursion_encoding = nn.Parameter(torch.ones(shape))
+        self.exit_maps = ExitMaps(config) if config.exit_maps else None
 
     @property
     def prelude(self) -> list[Layer]:
@@ -188,6 +189,8 @@ class Stack(nn.Module):
         if choice is not None:
             at_exit = "additive" if choice.step_gate_NR is not None else self.config.gating
             x_ND = join(start_ND, x_ND, choice.exit_gate_N1, at_exit)
+        if self.exit_maps is not None:
+            x_ND = self.exit_maps(x_ND, depth_N)
         return x_ND, depth_N, router_loss, stats
 
     def _route(

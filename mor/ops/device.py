@@ -50,8 +50,10 @@ def describe_machine() -> dict[str, str]:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
+    auto = pick_dtype("auto", pick_device("auto"))
     machine = {
         "processor": name,
+        "auto_dtype": str(auto).removeprefix("torch."),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(),

@@ -52,6 +52,8 @@ class TrainConfig:
     """decay of matrices; norms have none"""
     freeze: Freeze = "none"
     """what keeps its weights: embedding and head, or these and the prelude; for uptraining"""
+    fit_tokens: int = 0
+    """tokens on which exit maps and routers are fitted before the first step; for uptraining"""
     beta1: float = 0.9
     """AdamW's first beta"""
     beta2: float = 0.95
@@ -99,7 +101,7 @@ class TrainConfig:
             raise ValueError("shallow_share is 1, no step would recurse; give less than 1")
         for name in ("context", "batch_tokens", "log_every", "eval_tokens", "keep_checkpoints"):
             _check_number(name, getattr(self, name), 1)
-        for name in ("micro_batch_tokens", "eval_every", "checkpoint_every", "seed"):
+        for name in ("micro_batch_tokens", "eval_every", "checkpoint_every", "seed", "fit_tokens"):
             _check_number(name, getattr(self, name), 0)
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}; give a number below 2**63")

@@ -30,6 +30,7 @@ from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
 from mor.train.config import Recipe, TrainConfig, check_context, recipe_to_dict, with_defaults
 from mor.train.distill import DistillConfig
+from mor.train.fit import check_fit, fit_exits
 from mor.train.heldout import measure_loss, set_thresholds
 from mor.train.metrics import (
     MetricsFile,
@@ -127,6 +128,8 @@ def train(
         folder, asked, cache = teacher
         taught = Teacher(folder, recipe.model, asked, dtype=dtype, device=device, cache=cache)
         parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
+    if config.fit_tokens:
+        check_fit(model)
     optimizer = build_optimizer(model, config)
     num_steps = config.num_steps(recipe.model)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
@@ -134,6 +137,9 @@ def train(
     if resume:
         state = checkpoints.load_newest(model, optimizer) or state
         logger.info("resuming %s at step %d of %d", out, state["step"], num_steps)
+    if config.fit_tokens and state["step"] == 0:
+        samples = range(0, -(-config.fit_tokens // config.context), config.micro_batch_rows)
+        fit_exits(model, [loader.batch(n, config.micro_batch_rows) for n in samples], dtype=dtype)
     metrics = MetricsFile(out / "metrics.jsonl", keep_up_to_step=state["step"])
     peak_flops = measure_peak_flops(device, dtype)
     meter = RoutingMeter(model, config.context)

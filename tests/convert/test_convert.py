@@ -101,6 +101,13 @@ def test_qwen_converts_exactly_and_the_engine_knows_it(
         Engine(model, EngineConfig(backend="native"))
 
 
+def test_exit_maps_start_at_zero_and_change_nothing_at_full_depth(parent: Path, tmp_path: Path):
+    result = go(parent, tmp_path / "out", sharing="none", exit_maps=True, gating="none")
+    assert result["is_exact"] and result["max_logit_difference"] < 1e-4
+    assert not load_model(tmp_path / "out").state_dict()["model.exit_maps.weight"].any()
+    to_llama(tmp_path / "out", tmp_path / "llama")
+
+
 def test_the_engine_draws_what_the_parent_draws(parent: Path, tmp_path: Path):
     go(parent, tmp_path / "out", sharing="none", num_recursions=3)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

@@ -45,6 +45,8 @@ def test_parameters_and_flops_of_routers_are_counted(router, options):
         active_pairs=[36] * 3,
         head_tokens=6,
     )
+    # It passes every row through every exit map.
+    expected += 6 * 2 * 2 * cost.exit_map_weights(config)
     assert counter.get_total_flops() == expected
 
 

@@ -64,6 +64,8 @@ def test_fast_equals_reference_for_random_small_models(data):
             "lora_rank": draw(st.integers(0, 2)),
             "lora_targets": ("q_proj", "down_proj"),
         }
+    if router != "fixed":
+        apart["exit_maps"] = draw(st.booleans())
     model = small_model(
         router,
         gating,
