@@ -19,9 +19,9 @@ from mor.ops.select import ODD, wrap
 
 def fits(config: ModelConfig) -> bool:
     """Tell whether the compiled tick knows a model's router: those of one linear score."""
-    if config.exit_maps or config.router not in DECIDING:
-        return False
-    return not config.has_router or (config.router_body == "linear" and not config.has_aux_router)
+    return config.router in DECIDING and (
+        not config.has_router or (config.router_body == "linear" and not config.has_aux_router)
+    )
 
 
 class NativeRunner(TorchRunner):
@@ -87,7 +87,11 @@ class NativeRunner(TorchRunner):
             self.blocks.trim(call.slots[has_spare])
         return goes_on
 
+    @torch.inference_mode()
     def run_coda(self, call: Call, num_full: int) -> Tensor | None:
+        if self.stack.exit_maps is not None:
+            index = self._tensor(call.rows)
+            self.x.index_copy_(0, index, self._map_exits(call, self.x[index]))
         normed_MD = self.ticks.leave(
             Flights(*call),
             self.native.coda,

@@ -144,10 +144,15 @@ class TorchRunner(Runner):
         if self.router.is_token_choice:
             x_ND = self.router.leave(self.start[index], x_ND, self.exit_gate[index])
         if self.stack.exit_maps is not None:
-            x_ND = self.stack.exit_maps(x_ND, self._tensor(self.depth[call.rows]))
+            x_ND = self._map_exits(call, x_ND)
         if self.config.num_coda_layers:
             x_ND = self.groups.run("coda", x_ND, self._own_rows(call, num_full))
         return self.groups.logits(x_ND[:num_full]) if num_full else None
+
+    def _map_exits(self, call: Call, x_ND: Tensor) -> Tensor:
+        """Pass the rows that left early through the maps of their depths."""
+        assert self.stack.exit_maps is not None
+        return self.stack.exit_maps(x_ND, self._tensor(self.depth[call.rows]))
 
     def _own_rows(self, call: Call, num_full: int) -> LayerRows:
         """Describe rows to prelude and coda, where every token has a place: its position."""
