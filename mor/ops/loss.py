@@ -124,11 +124,15 @@ def linear_distillation_reference(
     return Distilled(loss, entropy.detach(), divergence.detach())
 
 
+LEAST_REST = 1e-6
+"""share that a student's other tokens have at least, where it is divided by"""
+
+
 def linear_top_distillation_reference(
     h_ND: Tensor,
     weight_VD: Tensor,
     label_N: Tensor,
-    share_NK: Tensor,
+    share_NJ: Tensor,
     token_NK: Tensor,
     *,
     label_weight: float,
@@ -138,9 +142,11 @@ def linear_top_distillation_reference(
     kept_N = label_N != IGNORE
     student_NV = (h_ND @ weight_VD.T)[kept_N].log_softmax(-1)
     entropy = F.nll_loss(student_NV, label_N[kept_N], reduction="sum")
-    share_NK, token_NK = share_NK[kept_N].to(student_NV.dtype), token_NK[kept_N].long()
+    share_NJ, token_NK = share_NJ[kept_N].to(student_NV.dtype), token_NK[kept_N].long()
     picked_NK = student_NV.gather(1, token_NK)
-    divergence = (torch.xlogy(share_NK, share_NK) - share_NK * picked_NK).sum()
+    rest_N1 = (1 - picked_NK.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST)
+    picked_NJ = torch.cat([picked_NK, rest_N1.log()], -1)
+    divergence = (torch.xlogy(share_NJ, share_NJ) - share_NJ * picked_NJ).sum()
     loss = label_weight * entropy + teacher_weight * divergence
     return Distilled(loss, entropy.detach(), divergence.detach())
 
@@ -149,7 +155,7 @@ def linear_top_distillation(
     h_ND: Tensor,
     weight_VD: Tensor,
     label_N: Tensor,
-    share_NK: Tensor,
+    share_NJ: Tensor,
     token_NK: Tensor,
     *,
     label_weight: float,
@@ -158,12 +164,13 @@ def linear_top_distillation(
 ) -> Distilled:
     """Sum the losses of labels and of a teacher's K most likely tokens, chunk by chunk.
 
-    share_NK  their shares, which sum to 1; token_NK: which tokens they are
+    share_NJ  their shares, and what all other tokens have together; J = K + 1, sum 1
+    token_NK  which tokens they are
     The rest as in `linear_distillation`
     """
     h_ND, weight_VD = _autocast(h_ND, weight_VD)
     weights = (label_weight, teacher_weight)
-    args = (h_ND, weight_VD, label_N, share_NK, token_NK.long())
+    args = (h_ND, weight_VD, label_N, share_NJ, token_NK.long())
     return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, True))
 
 
@@ -192,6 +199,36 @@ def linear_distillation(
     return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, False))
 
 
+def _learn_whole(
+    log_CV: Tensor, teacher_CV: Tensor, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return divergences (C,) and the gradient of both losses but for the label's own entry.
+
+    log_CV  the student's log shares; gone afterwards, as are the teacher's logits
+    """
+    teacher_CV -= teacher_CV.logsumexp(-1, keepdim=True)
+    share_CV = teacher_CV.exp()
+    gap_C = (share_CV * teacher_CV.sub_(log_CV)).sum(-1)
+    return gap_C, log_CV.exp_().mul_(sum(weights)).sub_(share_CV, alpha=weights[1])
+
+
+def _learn_top(
+    log_CV: Tensor, share_CJ: Tensor, token_CK: Tensor, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Do the same where the teacher tells K tokens' shares and what the others have together.
+
+    The others are to share that as they do now with the student.
+    """
+    picked_CK = log_CV.gather(1, token_CK)
+    rest_C1 = (1 - picked_CK.exp().sum(-1, keepdim=True)).clamp_(min=LEAST_REST)
+    log_CJ = torch.cat([picked_CK, rest_C1.log()], -1)
+    gap_C = (torch.xlogy(share_CJ, share_CJ) - share_CJ * log_CJ).sum(-1)
+    fill_C1 = weights[1] * share_CJ[:, -1:] / rest_C1
+    grad_CV = log_CV.exp_().mul_(sum(weights) - fill_C1)
+    own_CK = fill_C1 * picked_CK.exp_() - weights[1] * share_CJ[:, :-1]
+    return gap_C, grad_CV.scatter_add_(1, token_CK, own_CK)
+
+
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -205,7 +242,7 @@ class _LinearDistillation(torch.autograd.Function):
         chunk_rows: int,
         is_top: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """is_top: the two of the teacher are shares of K tokens, and which they are."""
+        """is_top: the two of the teacher are shares of K tokens and the rest, and the tokens."""
         needs_h, needs_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(h_ND.dtype, torch.float32)
         grad_h_ND = torch.empty_like(h_ND) if needs_h else None
@@ -222,23 +259,15 @@ class _LinearDistillation(torch.autograd.Function):
                 log_CV = F.linear(h_CD, weight_VD).to(wide)
                 log_CV -= log_CV.logsumexp(-1, keepdim=True)
                 entropy -= (log_CV.gather(1, target_C1)[:, 0] * kept_C).sum()
-                token_CK = teacher_VE[rows] if is_top else None
-                if token_CK is not None:
-                    share = teacher_NE[rows].to(wide)
-                    gap = torch.xlogy(share, share) - share * log_CV.gather(1, token_CK)
+                if is_top:
+                    share_CJ, token_CK = teacher_NE[rows].to(wide), teacher_VE[rows]
+                    gap_C, grad_CV = _learn_top(log_CV, share_CJ, token_CK, weights)
                 else:
                     teacher_CV = F.linear(teacher_NE[rows], teacher_VE).to(wide)
-                    teacher_CV -= teacher_CV.logsumexp(-1, keepdim=True)
-                    share = teacher_CV.exp()
-                    gap = share * teacher_CV.sub_(log_CV)
-                divergence += (gap.sum(-1) * kept_C).sum()
+                    gap_C, grad_CV = _learn_whole(log_CV, teacher_CV, weights)
+                divergence += (gap_C * kept_C).sum()
                 if grad_h_ND is None and grad_weight_VD is None:
                     continue
-                grad_CV = log_CV.exp_().mul_(label_weight + teacher_weight)
-                if token_CK is not None:
-                    grad_CV.scatter_add_(1, token_CK, share * -teacher_weight)
-                else:
-                    grad_CV.sub_(share, alpha=teacher_weight)
                 ones_C1 = torch.full_like(target_C1, -label_weight, dtype=wide)
                 grad_CV.scatter_add_(1, target_C1, ones_C1)
                 grad_CV = grad_CV.mul_(kept_C[:, None]).to(h_ND.dtype)

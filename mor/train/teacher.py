@@ -90,12 +90,12 @@ class Teacher:
         """Compare a student's states on a batch with the parent's."""
         assert out.states is not None
         if self.top is not None:
-            share_NK, token_NK = self.top.of(batch, self._states, self.parent.head_weight_VD)
+            share_NJ, token_NK = self.top.of(batch, self._states, self.parent.head_weight_VD)
             distilled = linear_top_distillation(
                 out.states.x_ND,
                 student.head_weight_VD,
                 batch.labels_BT.flatten(),
-                share_NK,
+                share_NJ,
                 token_NK,
                 label_weight=self.config.label_weight,
                 teacher_weight=self.config.teacher_weight,
@@ -150,28 +150,34 @@ class TopTokens:
 
     @torch.no_grad()
     def of(self, batch: Batch, states: States, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (N, K) shares, which sum to 1, and token ids; from disk where they are there."""
+        """Return shares (N, K + 1), the last of all other tokens, and token ids (N, K).
+
+        From disk where they are there.
+        """
         file = None if self.folder is None else self.folder / f"{self._name(batch)}.safetensors"
         if file is not None and file.is_file():
             try:
                 kept = load_file(file, device=str(head_VD.device))
-                share_NK, token_NK = kept["share"], kept["token"]
+                share_NJ, token_NK = kept["share"], kept["token"]
             except (SafetensorError, KeyError) as error:
                 raise ValueError(f"{file} is broken; remove it, and it is made anew") from error
         else:
             x_ND, _ = states(batch)
-            best = [(x_CD @ head_VD.T).float().topk(self.K) for x_CD in x_ND.split(TOP_ROWS)]
+            shares, tokens = [], []
+            for x_CD in x_ND.split(TOP_ROWS):
+                share_CK, token_CK = (x_CD @ head_VD.T).float().softmax(-1).topk(self.K)
+                shares.append(torch.cat([share_CK, 1 - share_CK.sum(-1, keepdim=True)], -1))
+                tokens.append(token_CK.int())
             # Halves last: under autocast on a CPU, cat takes none.
-            share_NK = torch.cat([one.values.softmax(-1) for one in best]).half()
-            token_NK = torch.cat([one.indices.int() for one in best])
+            share_NJ, token_NK = torch.cat(shares).clamp(min=0).half(), torch.cat(tokens)
             if file is not None:
                 with atomic_file(file) as part:
-                    save_file({"share": share_NK.cpu(), "token": token_NK.cpu()}, part)
-        share_NK = share_NK.float()
-        return share_NK / share_NK.sum(-1, keepdim=True), token_NK
+                    save_file({"share": share_NJ.cpu(), "token": token_NK.cpu()}, part)
+        share_NJ = share_NJ.float()
+        return share_NJ / share_NJ.sum(-1, keepdim=True), token_NK
 
     def _name(self, batch: Batch) -> str:
-        told = hashlib.sha256(f"{self.parent} {self.K}".encode())
+        told = hashlib.sha256(f"{self.parent} {self.K} and the rest".encode())
         for ids in (batch.input_ids_BT, batch.segment_BT):
             if ids is not None:
                 told.update(ids.cpu().numpy().tobytes())

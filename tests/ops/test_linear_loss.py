@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from mor.ops.loss import (
     linear_cross_entropy,
@@ -65,6 +66,12 @@ def test_loss_under_autocast_stays_close_to_fp32():
     torch.testing.assert_close(half, plain, rtol=2e-2, atol=0.5)
 
 
+def top_of(teacher: Tensor, head: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return shares of the likeliest tokens and of the rest, and which tokens they are."""
+    share, token = (teacher @ head.T).softmax(-1).topk(count)
+    return torch.cat([share, (1 - share.sum(-1, keepdim=True)).clamp(min=0)], -1), token
+
+
 DISTILLATIONS = {
     "whole": (linear_distillation, linear_distillation_reference),
     "top": (linear_top_distillation, linear_top_distillation_reference),
@@ -83,8 +90,7 @@ def test_distillation_and_gradients_equal_the_plain_twin(kind, chunk_rows, weigh
         weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
         teacher = torch.randn(7, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
         if kind == "top":
-            best = (teacher[0] @ teacher[1].T).topk(4)
-            teacher = best.values.softmax(-1), best.indices
+            teacher = top_of(*teacher, 4)
         label = torch.tensor([0, 10, -100, 3, 3, -100, 7])
         out = function(
             h,
@@ -104,21 +110,23 @@ def test_distillation_and_gradients_equal_the_plain_twin(kind, chunk_rows, weigh
 def test_all_tokens_as_top_tokens_are_the_whole_distribution():
     torch.manual_seed(2)
     h, weight, teacher, head = (torch.randn(n, 5) for n in (6, 11, 6, 11))
-    best = (teacher @ head.T).topk(11)
     weights = {"label_weight": 0.3, "teacher_weight": 0.7}
     label = torch.arange(6)
     whole = linear_distillation(h, weight, label, teacher, head, **weights)
-    top = linear_top_distillation(
-        h, weight, label, best.values.softmax(-1), best.indices, **weights
-    )
+    top = linear_top_distillation(h, weight, label, *top_of(teacher, head, 11), **weights)
     for one, other in zip(whole, top, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_a_student_that_says_what_its_teacher_says_has_no_divergence():
+@pytest.mark.parametrize("kind", DISTILLATIONS)
+def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn(kind):
+    """A few of the likeliest tokens too: what the others have is no less wanted."""
     h, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5)
     label = torch.arange(6)
-    out = linear_distillation(h, weight, label, h, weight, label_weight=0.0, teacher_weight=1.0)
+    teacher = h.detach(), weight
+    if kind == "top":
+        teacher = top_of(*teacher, 3)
+    out = DISTILLATIONS[kind][0](h, weight, label, *teacher, label_weight=0.0, teacher_weight=1.0)
     out.loss.backward()
     assert float(out.divergence) == pytest.approx(0, abs=1e-5)
     assert h.grad is not None and h.grad.abs().max() < 1e-6
