@@ -22,7 +22,7 @@ from mor.config import ModelConfig
 from mor.data.loader import Batch
 from mor.log import progress
 from mor.model.layers import ExitMaps
-from mor.model.mor import MoR
+from mor.model.mor import MoR, States
 from mor.ops.device import autocast
 from mor.ops.loss import linear_distillation
 
@@ -112,13 +112,17 @@ def _size(x_ND: Tensor) -> Tensor:
     return x_ND.square().mean(-1, keepdim=True).clamp(min=1e-12)
 
 
+def _states(model: MoR, batch: Batch) -> States:
+    out = model(batch.input_ids_BT, segments=batch.segment_BT, rule="causal", keep_states=True)
+    assert out.states is not None
+    return out.states
+
+
 @torch.no_grad()
 def _see(model: MoR, batch: Batch, dtype: torch.dtype | None) -> Seen:
     with autocast(model.device, dtype):
-        out = model(batch.input_ids_BT, segments=batch.segment_BT, rule="causal", keep_states=True)
-    assert out.states is not None
-    ends = [end.x_AD.float() for end in out.states.ends]
-    return Seen(batch, ends, out.states.x_ND.float())
+        states = _states(model, batch)
+    return Seen(batch, [end.x_AD.float() for end in states.ends], states.x_ND.float())
 
 
 def _cost_of_leaving(model: MoR, seen: Seen, r: int, dtype: torch.dtype | None) -> Tensor:
@@ -137,19 +141,12 @@ def _cost_of_leaving(model: MoR, seen: Seen, r: int, dtype: torch.dtype | None) 
     stack.depth_limit = r
     try:
         with torch.enable_grad(), autocast(model.device, dtype):
-            out = model(
-                seen.batch.input_ids_BT,
-                segments=seen.batch.segment_BT,
-                rule="causal",
-                keep_states=True,
-            )
-            assert out.states is not None
-            head_VD = model.head_weight_VD
+            head_ND, head_VD = _states(model, seen.batch).x_ND, model.head_weight_VD
             loss = linear_distillation(
-                out.states.x_ND,
+                head_ND,
                 head_VD,
                 seen.batch.labels_BT.flatten(),
-                seen.head_ND.to(out.states.x_ND.dtype),
+                seen.head_ND.to(head_ND.dtype),
                 head_VD,
                 label_weight=0.0,
                 teacher_weight=1.0,
