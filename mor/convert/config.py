@@ -72,6 +72,10 @@ class ConvertConfig:
             )
         if self.init == "svd" and self.is_shared and self.lora_rank < 1:
             raise ValueError("init is svd and lora_rank is 0; give the rank of the additions")
+        if self.exit_maps and not self.is_routed:
+            raise ValueError(
+                "exit_maps serve routers that let tokens go, in 2 recursions or more; leave it out"
+            )
         if len(set(self.drop_layers)) != len(self.drop_layers):
             raise ValueError(f"drop_layers is {list(self.drop_layers)}; give each once")
 

@@ -94,6 +94,7 @@ def test_a_parent_that_does_not_fit_is_refused_in_one_line(
         ({"gating": "additive"}, "gating is additive"),
         ({"router": "token_choice"}, "router is token_choice"),
         ({"init": "svd"}, "init is svd and lora_rank is 0"),
+        ({"exit_maps": True, "router": "fixed"}, "exit_maps serve routers that let tokens go"),
         ({"num_recursions": 0}, "num_recursions is 0"),
         ({"init": "middle"}, "init 'middle' is unknown"),
         ({"drop_layers": (1, 1)}, "give each once"),
