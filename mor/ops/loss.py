@@ -63,14 +63,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logit_CV = F.linear(h_CD, weight_VD).to(wide)
                 kept_C = label_C != IGNORE
                 target_C = label_C.where(kept_C, torch.zeros_like(label_C))
-                norm_C = logit_CV.logsumexp(-1)
+                # In place, one exp for loss and gradient: logits, then e^logit, then gradients.
+                logit_CV -= logit_CV.amax(-1, keepdim=True)
                 picked_C = logit_CV.gather(1, target_C[:, None])[:, 0]
-                total += torch.where(kept_C, norm_C - picked_C, 0).sum()
+                mass_C = logit_CV.exp_().sum(-1)
+                total += torch.where(kept_C, mass_C.log() - picked_C, 0).sum()
                 if grad_h_ND is None and grad_weight_VD is None:
                     continue
-                grad_CV = logit_CV.sub_(norm_C[:, None]).exp_()
-                grad_CV.scatter_add_(1, target_C[:, None], -torch.ones_like(norm_C)[:, None])
-                grad_CV = grad_CV.mul_(kept_C[:, None]).to(h_ND.dtype)
+                grad_CV = logit_CV.mul_((kept_C / mass_C)[:, None])
+                grad_CV.scatter_add_(1, target_C[:, None], -kept_C[:, None].to(wide))
+                grad_CV = grad_CV.to(h_ND.dtype)
                 if grad_h_ND is not None:
                     torch.mm(grad_CV, weight_VD, out=grad_h_ND[rows])
                 if grad_weight_VD is not None:

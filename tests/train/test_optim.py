@@ -11,6 +11,7 @@ import torch
 
 from mor.config import ModelConfig
 from mor.model.mor import MoR
+from mor.train import optim
 from mor.train.config import TrainConfig
 from mor.train.optim import build_optimizer, learning_rate
 
@@ -171,3 +172,30 @@ def test_muons_state_goes_into_a_fresh_optimizer() -> None:
         take_step(some_model, some_optimizer)
     for name, param in model.named_parameters():
         assert torch.equal(param, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_steps_as_pytorchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit in bfloat16, the type of PyTorch's; nearly in float32."""
+    monkeypatch.setattr(optim, "pick_dtype", lambda name, device: dtype)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 8), (8, 24), (8, 8)]]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
+    settings: dict[str, Any] = {
+        "lr": 0.03,
+        "weight_decay": 0.1,
+        "adjust_lr_fn": "match_rms_adamw",
+    }
+    steppers = optim.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    before = [param.detach().clone() for param in ours]
+    for _ in range(3):
+        for mine, their in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            their.grad = mine.grad.clone()
+        for stepper in steppers:
+            stepper.step()
+    for mine, their, start in zip(ours, theirs, before, strict=True):
+        if dtype == torch.bfloat16:
+            assert torch.equal(mine, their)
+        gap = (mine - their).norm() / (their - start).norm()
+        assert gap < 0.02, float(gap)
