@@ -144,7 +144,7 @@ def _quality(scale: str, table: Table, ours: Row) -> Iterator[Claim]:
         yield Claim(
             f"Same FLOPs ({scale}, {ours.label}): {claim}",
             paper,
-            f"{_losses(ours, other)}; {_tokens(ours, other)}",
+            f"{_losses(ours, other)}; {_tokens(ours, other)}{_arithmetic(ours, other)}",
             _judged(gap, ours, other),
             _machine(ours.results),
             _command(ours.results, f"{table.budget}_{ours.model} {table.budget}_{other.model}"),
@@ -165,6 +165,17 @@ def _tokens(ours: Row, other: Row) -> str:
     each = [row.mean("tokens_per_param") for row in (ours, other)]
     starved = " (starved)" if min(each) < FEWEST_TOKENS else ""
     return f"{each[0]:.0f} and {each[1]:.0f} tokens per parameter{starved}"
+
+
+def _arithmetic(ours: Row, other: Row) -> str:
+    """Say in which types two rows were trained, where they differ."""
+    each = [" or ".join(sorted({_dtype(one) for one in row.results})) for row in (ours, other)]
+    return "" if each[0] == each[1] else f"; trained in {each[0]} and in {each[1]}"
+
+
+def _dtype(result: Result) -> str:
+    asked = result["recipe"].get("train", {}).get("dtype", "auto")
+    return result["machine"].get("auto_dtype", "a type not kept") if asked == "auto" else asked
 
 
 def _other_budget(scale: str, table: Table) -> Iterator[Claim]:
@@ -214,7 +225,8 @@ def _beside(
     yield Claim(
         f"{title}: MoR has a lower loss than {words}",
         paper,
-        f"{_losses(ours, other)}; training FLOPs {_percent(flops)}, {_tokens(ours, other)}",
+        f"{_losses(ours, other)}; training FLOPs {_percent(flops)}, "
+        f"{_tokens(ours, other)}{_arithmetic(ours, other)}",
         _judged(gap, ours, other),
         _machine(ours.results),
         _command(ours.results, f"{table.budget}_{ours.model} {table.budget}_{other.model}"),

@@ -170,6 +170,17 @@ def test_fixed_depth_that_had_not_the_same_training_gives_no_verdict(kept: Path)
     assert row.holds == "yes" and "same-flops_rec3-late" in row.command
 
 
+def test_rows_that_trained_in_other_types_say_so(kept: Path):
+    """Results that were kept before types were do not tell theirs."""
+    assert "trained in" not in find(claims(read_kept(kept)), "Same FLOPs (cpu", "fixed depth").ours
+    results = Results(kept / "claims-cpu.jsonl")
+    for seed in (0, 1):
+        one = trained("rec3", 3.1, seed, "same-flops", "same_flops")
+        results.add({**one, "machine": MACHINE | {"auto_dtype": "float32"}})
+    row = find(claims(read_kept(kept)), "Same FLOPs (cpu", "fixed depth")
+    assert row.ours.endswith("; trained in a type not kept and in float32")
+
+
 def test_a_row_gives_each_as_many_tokens_as_it_can_use(kept: Path):
     assert find(claims(read_kept(kept)), "As many tokens").holds == "not run: no result is kept"
     results = Results(kept / "tokens-cpu.jsonl")
