@@ -26,7 +26,8 @@ SERVED = [kind for kind in (*KINDS, *OPTIONS) if "hybrid" not in str(kind[1])]
 @functools.cache
 def served_model(index: int, dtype: torch.dtype = torch.float64) -> MoR:
     """One of SERVED, with thresholds that make all depths occur."""
-    return routed_model(*SERVED[index], dtype)
+    # Seed 1: few scores of what the tests ask lie so near to a threshold that fp32 may err.
+    return routed_model(*SERVED[index], dtype, seed=1)
 
 
 def greedy(max_tokens: int, **fields) -> SamplingParams:

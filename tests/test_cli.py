@@ -88,8 +88,9 @@ def test_json_is_all_that_a_command_prints_on_stdout(
     trained = json_of([*args, "--train.budget-tokens", "256"], capsys)
     assert trained["steps"] == 2 and Path(trained["model"]).is_dir()
     model = str(tiny_run / "model")
-    written = json_of(["generate", model, "--prompt", "the", "--max-tokens", "3"], capsys)
-    assert len(written["tokens"]) == len(written["depths"]) + 1 <= 3
+    asked = ["--prompt", "the", "--max-tokens", "3", "--ignore-eos"]
+    written = json_of(["generate", model, *asked], capsys)
+    assert len(written["tokens"]) == len(written["depths"]) + 1 == 3
     measured = json_of(["eval", model, "--data", data], capsys)
     assert measured["routing"] == "causal"
     planned = json_of(["plan", str(tiny_recipe)], capsys)

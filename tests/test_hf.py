@@ -121,10 +121,15 @@ def test_no_buffer_is_left_out_of_the_file(folder: Path) -> None:
 def test_an_untied_head_is_kept(tmp_path: Path) -> None:
     core = model_of("expert_choice", tie_word_embeddings=False)
     model = load(write_folder(core, tmp_path / "m"))
-    ids = ids_of(2, 12)
-    assert torch.equal(model(ids).logits, causal(core, ids).logits)
+    ids, wanted = ids_of(2, 12), causal(core, ids_of(2, 12)).logits
     model.save_pretrained(tmp_path / "n")
-    assert torch.equal(causal(load_model(tmp_path / "n"), ids).logits, causal(core, ids).logits)
+    again = load_model(tmp_path / "n")
+    # Close: where a file's weights lie in memory may move a product's last bit.
+    torch.testing.assert_close(model(ids).logits, wanted)
+    torch.testing.assert_close(causal(again, ids).logits, wanted)
+    for other in (model, again):
+        kept, had = (m.state_dict()["lm_head.weight"] for m in (other, core))
+        assert torch.equal(kept, had)
 
 
 def test_routers_stay_fp32(folder: Path) -> None:

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, N packed rows, D width, V vocabulary.
 from __future__ import annotations
 
 from typing import Literal, NamedTuple, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -58,22 +59,31 @@ class MoR(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self.config = config
         self.model = Stack(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        for name, module in self.named_modules():
+            self._init_weights(name, module, seed)
         assert_sharing(self)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+    def _init_weights(self, name: str, module: nn.Module, seed: int) -> None:
+        """Draw a module's weights from the seed and its name alone.
+
+        So models that begin from one seed begin with the same weights wherever they have the same
+        ones, whatever else they have: a chance at the start that is common to compared models.
+        """
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+            return
+        draw = torch.Generator(module.weight.device).manual_seed(seed ^ crc32(name.encode()))
+        nn.init.normal_(module.weight, std=self.config.initializer_range, generator=draw)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Projection) and module.recursion_A is not None:
             bound = module.in_features**-0.5
-            nn.init.uniform_(module.recursion_A, -bound, bound)
+            nn.init.uniform_(module.recursion_A, -bound, bound, generator=draw)
             nn.init.zeros_(cast(nn.Parameter, module.recursion_B))
 
     @property

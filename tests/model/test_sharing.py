@@ -4,6 +4,8 @@ import pytest
 import torch
 from support_model import random_ids, small_config, small_model
 
+from mor.model.mor import MoR
+
 
 def from_the_table(sharing, layers, recursions):
     """Source: arXiv 2507.10524 Table 1, l counted from 0."""
@@ -62,3 +64,19 @@ def test_shared_layers_equal_a_plain_model_with_copied_weights():
         plain.load_state_dict(unrolled)
         ids = random_ids(2, 9)
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+def small_weights(router, gating, **fields):
+    torch.manual_seed(0)
+    return MoR(small_config(router, gating, **fields)).state_dict()
+
+
+def test_models_of_one_seed_begin_with_the_same_weights_where_they_have_the_same():
+    """Routers, low-rank parts and further layers change no other weight's draw."""
+    plain = small_weights("fixed", "none", num_recursions=1, num_hidden_layers=4)
+    routed = small_weights("expert_choice", "residual", num_hidden_layers=8, lora_rank=2)
+    assert {name for name in plain if "layers.3" in name} <= routed.keys()
+    for name, weight in plain.items():
+        assert torch.equal(weight, routed[name]), name
+    layers = [plain[f"model.layers.{u}.self_attn.q_proj.weight"] for u in range(4)]
+    assert not any(torch.equal(layers[0], other) for other in layers[1:])
