@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from support_model import KINDS, OPTIONS, random_ids
@@ -21,6 +22,8 @@ from mor.model.mor import MoR
 NEAR = 1e-4
 """two best logits, or a score and its threshold, closer than this are a near tie"""
 SERVED = [kind for kind in (*KINDS, *OPTIONS) if "hybrid" not in str(kind[1])]
+SOME_SERVED = [0, 28, *(pytest.param(index, marks=pytest.mark.slow) for index in (6, 12))]
+"""which of them Triton's interpreter runs: fifteen seconds each"""
 
 
 @functools.cache

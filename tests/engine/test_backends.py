@@ -12,6 +12,7 @@ import pytest
 import torch
 from support_engine import (
     SERVED,
+    SOME_SERVED,
     assert_same_up_to_ties,
     greedy,
     new_engine,
@@ -44,7 +45,7 @@ def test_torch_in_fp32_gives_the_plain_models_answers(index: int) -> None:
     assert check(served_model(index, torch.float32), "torch", 8) > 0.6
 
 
-@pytest.mark.parametrize("index", [0, 6, 12, 28])
+@pytest.mark.parametrize("index", SOME_SERVED)
 def test_triton_kernels_give_the_plain_models_answers(index: int) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

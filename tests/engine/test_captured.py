@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_engine import (
     SERVED,
+    SOME_SERVED,
     assert_exact,
     assert_pages_hold_what_is_active,
     assert_same_up_to_ties,
@@ -317,7 +318,7 @@ def test_the_vanilla_twin_runs_on_the_device_too(device: str) -> None:
     assert ticks_of(engine).num_launched > 8
 
 
-@pytest.mark.parametrize("index", [0, 6, 12, 28])
+@pytest.mark.parametrize("index", SOME_SERVED)
 def test_triton_kernels_in_captured_ticks_give_the_plain_models_answers(
     index: int, device: str
 ) -> None:
