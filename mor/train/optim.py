@@ -75,8 +75,11 @@ class Muon(torch.optim.Muon):
     """PyTorch's Muon with its products in the device's fast type.
 
     PyTorch's are always bfloat16, which a processor without such products emulates at a tenth of
-    the speed of float32: a third of a training step there (docs/LOG.md).
+    the speed of float32 (docs/LOG.md). Updates have AdamW's size: arXiv 2502.16982.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float) -> None:
+        super().__init__(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -86,17 +89,17 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            dtype, momentum = pick_dtype("auto", group["params"][0].device), group["momentum"]
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 state = self.state[param]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(param.grad)
-                momentum = group["momentum"]
                 average = state["momentum_buffer"].lerp_(param.grad, 1 - momentum)
                 update = param.grad.lerp(average, momentum)
                 update = orthogonal(
-                    update.to(pick_dtype("auto", param.device)),
+                    update.to(dtype),
                     coefficients=group["ns_coefficients"],
                     steps=group["ns_steps"],
                 )
@@ -152,8 +155,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     )
     if config.optimizer == "adamw":
         return adamw
-    muon = Muon(groups_of(True), lr=config.lr, adjust_lr_fn="match_rms_adamw")
-    return MuonAndAdamW(muon, adamw)
+    return MuonAndAdamW(Muon(groups_of(True), lr=config.lr), adamw)
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:

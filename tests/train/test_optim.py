@@ -181,12 +181,11 @@ def test_muon_steps_as_pytorchs_own(dtype: torch.dtype, monkeypatch: pytest.Monk
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 8), (8, 24), (8, 8)]]
     theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
-    settings: dict[str, Any] = {
-        "lr": 0.03,
-        "weight_decay": 0.1,
-        "adjust_lr_fn": "match_rms_adamw",
-    }
-    steppers = optim.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    groups = ([{"params": params, "weight_decay": 0.1}] for params in (ours, theirs))
+    steppers = (
+        optim.Muon(next(groups), lr=0.03),
+        torch.optim.Muon(next(groups), lr=0.03, adjust_lr_fn="match_rms_adamw"),
+    )
     before = [param.detach().clone() for param in ours]
     for _ in range(3):
         for mine, their in zip(ours, theirs, strict=True):
