@@ -219,8 +219,8 @@ class Eval:
     """recursions that a token may take in tasks, 0 for all"""
     against: Path | None = None
     """folder of the parent: measure the model, its fixed depths and --beside next to it"""
-    beside: tuple[str, ...] = ()
-    """LABEL=FOLDER of models that had the same budget, for --against"""
+    beside: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """LABEL=FOLDER of a model that had the same budget, for --against; once for each"""
     out: Path | None = None
     """HTML file for the report of --against"""
     answers: Path | None = None
@@ -322,6 +322,13 @@ def run_train(args: Train) -> dict[str, Any]:
 
 
 def run_convert(args: Convert) -> dict[str, Any]:
+    if args.to == "llama":
+        for field in dataclasses.fields(ConvertConfig):
+            value = getattr(args.config, field.name)
+            if value != field.default:
+                raise ValueError(
+                    f"{field.name} is {value}, but --to llama keeps the model's own; leave it out"
+                )
     if args.distill.distill_gates:
         if args.to != "llama":
             raise ValueError("--distill-gates makes a Llama; give --to llama with it")
@@ -406,6 +413,12 @@ def _engine(model: Path, sampling: Sampling) -> Engine:
 def run_eval(args: Eval) -> dict[str, Any]:
     if args.data is None and not args.tasks:
         raise ValueError("nothing to measure; give --data, or --tasks and --data-dir")
+    foreign = ("also_top_k", "max_recursions") if args.against else ("beside", "out")
+    for name in foreign:
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            fits = "does not go with --against" if args.against else "needs --against PARENT"
+            raise ValueError(f"--{flag} {fits}; leave one of them out")
     if args.against is not None:
         from mor.evals.against import compare, folders_of
 
@@ -418,7 +431,10 @@ def run_eval(args: Eval) -> dict[str, Any]:
             data_dir=args.data_dir,
             out=args.out,
             limit=args.limit,
+            num_fewshot=args.num_fewshot,
+            split=args.split,
             limit_tokens=args.limit_tokens,
+            context=args.context,
             cache=args.answers,
             device=args.device,
             dtype=args.dtype,

@@ -29,6 +29,8 @@ from mor.train.metrics import read_metrics
 PAGE_TOKENS = 256
 NOISE = 0.02
 """Bits per byte by which a seed alone moves a result of the demo's size."""
+TIE = 0.02
+"""Share by which times and peaks of one machine may differ and be called equal."""
 
 COLUMNS = (
     ("unique parameters", "params_unique", human_count),
@@ -76,10 +78,10 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         ("generated tokens per second", "decode_tokens_per_s", False),
     ):
         ratio = mor[key] / vanilla[key] if vanilla[key] else math.nan
-        wins = ratio < 1 if less else ratio > 1
-        lines.append(
-            f"{label}: {ratio:.2f} of the vanilla twin's: MoR {'wins' if wins else 'loses'}"
-        )
+        outcome = "MoR wins" if (ratio < 1) == less else "MoR loses"
+        if abs(ratio - 1) < TIE:
+            outcome = "a tie"
+        lines.append(f"{label}: {ratio:.2f} of the vanilla twin's: {outcome}")
     return lines
 
 

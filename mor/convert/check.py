@@ -43,10 +43,14 @@ def logits_at_full_depth(config: ModelConfig, ids_BT: Tensor, read: Read) -> Ten
     embedding_VD = read("model.embed_tokens.weight").float()
     x_ND = F.embedding(rows.token_N, embedding_VD)
     rotary = rotary_angles(rows.position_N, config, dtype=x_ND.dtype)
-    attend = LocalKeys(config, rows).own.layer(0)
+    keys, everyone_N = LocalKeys(config, rows), torch.arange(len(rows))
+    view, place = keys.own, 0
     for index, recursion, is_shared in unrolled(config):
-        layer = _layer(config, index, is_shared, read)
-        x_ND = layer(x_ND, rotary, attend, recursion)
+        if is_shared and place % config.num_block_layers == 0:
+            view = keys.recursion(recursion, rows, everyone_N)
+        attend = (view if is_shared else keys.own).layer(place % config.num_block_layers)
+        place += is_shared
+        x_ND = _layer(config, index, is_shared, read)(x_ND, rotary, attend, recursion)
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight.copy_(read("model.norm.weight").float())
     head_VD = embedding_VD if config.tie_word_embeddings else read("lm_head.weight").float()

@@ -70,7 +70,19 @@ class ConvertConfig:
                 "router is token_choice, whose scores decide at once, so no zero weights leave "
                 "every token at full depth; use expert_choice or threshold"
             )
-        if self.init == "svd" and self.is_shared and self.lora_rank < 1:
+        if self.num_recursions == 1:
+            for name in ("sharing", "kv_strategy", "relax_norms", "lora_rank"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, but num_recursions is 1, which keeps "
+                        "the vanilla model; leave it out, or give 2 recursions or more"
+                    )
+        if self.init == "svd" and not self.is_shared:
+            raise ValueError(
+                "init is svd, but no layer is shared; leave it out, or give --sharing middle_cycle"
+            )
+        if self.init == "svd" and self.lora_rank < 1:
             raise ValueError("init is svd and lora_rank is 0; give the rank of the additions")
         if self.exit_maps and not self.is_routed:
             raise ValueError(
@@ -91,7 +103,7 @@ class ConvertConfig:
     @property
     def is_exact(self) -> bool:
         """The model at full depth is the parent, layers that were left out apart."""
-        return not self.is_shared
+        return not self.is_shared and self.kv_strategy != "shared"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

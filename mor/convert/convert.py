@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,14 @@ def convert(parent: str, out: Path, config: ConvertConfig) -> dict[str, Any]:
             return converted(name, shape, model_config, found, config.init, opened.tensor)
 
         write_tensors(part / WEIGHTS, shapes, tensor_of)
-        difference = _difference(opened, model_config, part / WEIGHTS, kept)
+        logits_BTV = _logits(model_config, part / WEIGHTS)
+        difference = _difference(opened, range(opened.config.num_hidden_layers), logits_BTV)
         is_exact = config.is_exact and not config.drop_layers
+        unhealed = _difference(opened, kept, logits_BTV) if config.drop_layers else difference
         limit = TOLERANCE if dtype == opened.dtype or dtype == torch.float32 else float("inf")
-        if is_exact and not difference <= limit:
+        if config.is_exact and not unhealed <= limit:
             raise ValueError(
-                f"the converted model's logits differ from the parent's by {difference:.2g}, more "
+                f"the converted model's logits differ from the parent's by {unhealed:.2g}, more "
                 f"than {TOLERANCE:g}; this is a fault of the conversion, please report it"
             )
         write_json(part / "config.json", model_config.to_dict())
@@ -86,7 +89,7 @@ def convert(parent: str, out: Path, config: ConvertConfig) -> dict[str, Any]:
         difference,
         "" if is_exact else ", which healing (mor uptrain) brings down",
     )
-    if config.kv_strategy != "per_recursion" and config.is_shared:
+    if config.kv_strategy == "shared":
         logger.info("keys and values are shared: not exact before healing")
     return {
         "model": str(out),
@@ -94,7 +97,7 @@ def convert(parent: str, out: Path, config: ConvertConfig) -> dict[str, Any]:
         "params_unique": params.unique,
         "parent_params_unique": count_params(opened.config).unique,
         "max_logit_difference": difference,
-        "is_exact": is_exact and config.kv_strategy == "per_recursion",
+        "is_exact": is_exact,
     }
 
 
@@ -118,7 +121,7 @@ def checked(parent: Parent) -> Parent:
 def converted_config(parent: Parent, config: ConvertConfig) -> ModelConfig:
     """Return the config of the converted model; ValueError for layers that do not divide."""
     kept = kept_layers(parent.config, config)
-    plain = dataclasses.replace(parent.config, num_hidden_layers=len(kept), sharing="cycle")
+    plain = _plain(parent.config, len(kept))
     if config.num_recursions == 1:
         return plain
     fields: dict[str, Any] = {
@@ -151,6 +154,11 @@ def converted_config(parent: Parent, config: ConvertConfig) -> ModelConfig:
         given = (config.prelude_layers, config.coda_layers)
         own = sum(end_layers(config.sharing, count) for count in given)
         R, shared = config.num_recursions, len(kept) - own
+        if shared < R:
+            raise ValueError(
+                f"prelude_layers {config.prelude_layers} and coda_layers {config.coda_layers} "
+                f"leave {max(shared, 0)} of {len(kept)} layers for {R} recursions; give less"
+            ) from error
         fits = [n for n in range(2, shared + 1) if shared % n == 0]
         raise ValueError(
             f"{shared} shared layers do not divide by num_recursions {R}; drop {shared % R} with "
@@ -168,10 +176,14 @@ def _tokenizer(parent: Parent) -> Tokenizer:
         raise ValueError(f"{error}, or name it with --tokenizer") from error
 
 
-def _difference(parent: Parent, model: ModelConfig, weights: Path, kept: list[int]) -> float:
-    """Return the largest difference of a logit at full depth."""
-    ids_BT = probe(model)
-    shorter = dataclasses.replace(parent.config, num_hidden_layers=len(kept))
+def _logits(model: ModelConfig, weights: Path) -> torch.Tensor:
+    """Return what a converted model says of the probe at full depth (B, T, V)."""
+    return logits_at_full_depth(model, probe(model), lambda name: read_tensor(weights, name))
+
+
+def _difference(parent: Parent, kept: Sequence[int], logits_BTV: torch.Tensor) -> float:
+    """Return the largest difference of a logit from the parent's with the layers that are kept."""
+    shorter = _plain(parent.config, len(kept))
 
     def read_kept(name: str) -> torch.Tensor:
         head, _, rest = name.partition("model.layers.")
@@ -180,9 +192,14 @@ def _difference(parent: Parent, model: ModelConfig, weights: Path, kept: list[in
         index, _, part = rest.partition(".")
         return parent.tensor(f"model.layers.{kept[int(index)]}.{part}")
 
-    theirs = logits_at_full_depth(shorter, ids_BT, read_kept)
-    ours = logits_at_full_depth(model, ids_BT, lambda name: read_tensor(weights, name))
-    return float((ours - theirs).abs().max())
+    theirs_BTV = logits_at_full_depth(shorter, probe(shorter), read_kept)
+    return float((logits_BTV - theirs_BTV).abs().max())
+
+
+def _plain(parent: ModelConfig, layers: int) -> ModelConfig:
+    """Return a vanilla config of so many layers; a MoR-made parent may name a map and ends."""
+    ends: dict[str, Any] = {"sharing": "cycle", "prelude_layers": -1, "coda_layers": -1}
+    return dataclasses.replace(parent, num_hidden_layers=layers, **ends)
 
 
 def _history(

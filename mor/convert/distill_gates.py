@@ -70,6 +70,7 @@ def distill_gates(folder: Path, out: Path, config: DistillGatesConfig) -> dict[s
                 resume=(work / "run" / "run.json").is_file(),
                 start=work / "start",
                 teacher=Teaching(folder, DistillConfig(label_weight=0.0, teacher_weight=1.0)),
+                go_on="the same command goes on",
             )
         losses = _losses(folder, work, recipe, data)
         for file in sorted(folder.iterdir()):  # chat template and the like come along

@@ -55,6 +55,11 @@ def open_gguf(path: Path, *, name: str = "") -> Parent:
     values = _Values(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(values, is_tied="output.weight" not in tensors)
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(
+            f"{path}: rope_freqs.weight scales the rotary angles, as Llama 3.1 and later do, which "
+            "is not read"
+        )
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
         if kind not in READABLE:

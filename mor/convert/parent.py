@@ -30,6 +30,7 @@ TAKEN_ALONG = (
     "chat_template.jinja",
     "generation_config.json",
 )
+READABLE = (torch.float32, torch.float16, torch.bfloat16)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -107,19 +108,33 @@ def _from_hub(name: str) -> Path:
 
 def open_folder(folder: Path, *, name: str = "") -> Parent:
     """Open a Hugging Face folder of a Llama-like model, in one safetensors file or in shards."""
-    config = vanilla_config(_read_object(folder / "config.json"), str(folder / "config.json"))
+    where, data = str(folder / "config.json"), _read_object(folder / "config.json")
+    config = vanilla_config(data, where)
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method", "unnamed")
+        raise ValueError(
+            f"{where}: quantization_config asks for {method}; only plain float weights are read, "
+            "give the model before it was quantised, or a GGUF"
+        )
     shard_of = _shards(folder)
 
     def tensor(wanted: str) -> Tensor:
         if wanted not in shard_of:
             raise ValueError(f"{folder}: the weight {wanted} is missing")
-        return read_tensor(folder / shard_of[wanted], wanted)
+        weight = read_tensor(folder / shard_of[wanted], wanted)
+        if weight.dtype not in READABLE:
+            raise ValueError(
+                f"{folder}: {wanted} is stored as {weight.dtype}; only float32, float16 and "
+                "bfloat16 are read"
+            )
+        return weight
 
     if config.tie_word_embeddings is False and "lm_head.weight" not in shard_of:
         raise ValueError(
             f"{folder}: config.json says tie_word_embeddings false, but there is no "
             "lm_head.weight; set it to true where the head is the embedding"
         )
+    dtype = tensor("model.norm.weight").dtype
     files = {
         file: (folder / file).read_text(encoding="utf-8")
         for file in TAKEN_ALONG
@@ -129,7 +144,7 @@ def open_folder(folder: Path, *, name: str = "") -> Parent:
         name=name or str(folder),
         config=config,
         tensor=tensor,
-        dtype=tensor("model.norm.weight").dtype,
+        dtype=torch.float32 if dtype == torch.float16 else dtype,
         tokenizer=lambda: Tokenizer.load(folder),
         files=files,
     )

@@ -88,6 +88,8 @@ def converted(
     if name.startswith("model.exit_maps."):
         return torch.zeros(shape)
     if ".routers." in name:
+        if name.endswith("body.0.weight"):  # behind it zeros, which learn only from what is drawn
+            return torch.randn(shape) * model.initializer_range
         value = EVERYONE if name.endswith("threshold") else 0.0
         return torch.full(shape, value)
     match = LAYER.fullmatch(name)

@@ -12,7 +12,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,8 @@ class Row(NamedTuple):
     label: str
     folder: Path
     subject: Subject
+    held: tuple[float, ...] | None = None
+    """share of tokens active at each recursion where that is no question; None is to be measured"""
 
 
 def compare(
@@ -61,7 +63,10 @@ def compare(
     data_dir: Path | None,
     out: Path | None,
     limit: int = 0,
+    num_fewshot: int = 0,
+    split: str = "val",
     limit_tokens: int = 0,
+    context: int = 0,
     cache: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -85,21 +90,26 @@ def compare(
     for row in rows:
         logger.info("%s", row.label)
         line: dict[str, Any] = {"model": row.label}
-        active = list(row.subject.model.config.capacity)
+        active = row.held
         if data is not None:
             check_tokenizer(row.folder, data, row.subject.model.config.eos_token_id)
-            found = measure_split(row.subject.model, data, "val", limit_tokens=limit_tokens)
-            val, active = data.split("val"), list(found.active)
-            line["bits_per_byte"] = found.bits_per_byte(val.tokens / val.bytes)
-        judged = answer_tasks(row.subject, tasks, data_dir, limit=limit, cache=cache)
+            found = measure_split(
+                row.subject.model, data, split, limit_tokens=limit_tokens, context=context
+            )
+            text, active = data.split(split), found.active
+            line["bits_per_byte"] = found.bits_per_byte(text.tokens / text.bytes)
+        judged = answer_tasks(
+            row.subject, tasks, data_dir, limit=limit, num_fewshot=num_fewshot, cache=cache
+        )
         answered.append(judged)
         if judged:
             line["tasks"] = summary(judged)
-            line["retention"] = retention(judged, answered[0])._asdict()
+            kept = retention(judged, answered[0])
+            line["retention"] = None if kept is None else kept._asdict()
         lines.append({**line, **_costs(row.subject.model, active)})
     rates = tokens_per_s([row.subject.model for row in rows])
-    for line, rate in zip(lines, rates, strict=True):
-        line |= {"tokens_per_s": rate, "speedup": rate / rates[0]}
+    for line, (rate, depth) in zip(lines, rates, strict=True):
+        line |= {"tokens_per_s": rate, "speedup": rate / rates[0][0], "timed_mean_depth": depth}
         if "bits_per_byte" in line:
             line["more_bits"] = line["bits_per_byte"] / lines[0]["bits_per_byte"] - 1
     result: dict[str, Any] = {"parent": str(parent), "rows": lines}
@@ -124,7 +134,8 @@ def folders_of(beside: Sequence[str]) -> dict[str, Path]:
 def _row(label: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Row:
     model = load_model(folder, dtype=dtype, device=device)
     key = f"{sha256_file(folder / WEIGHTS)}-{dtype}-0"
-    return Row(label, folder, Subject(model, Tokenizer.load(folder), key, dtype))
+    everyone = model.config.capacity if set(model.config.capacity) == {1.0} else None
+    return Row(label, folder, Subject(model, Tokenizer.load(folder), key, dtype), everyone)
 
 
 def _depths(folder: Path, device: torch.device, dtype: torch.dtype) -> list[Row]:
@@ -138,26 +149,32 @@ def _depths(folder: Path, device: torch.device, dtype: torch.dtype) -> list[Row]
         bound_depth(model, least=depth, most=depth)
         key = trained.subject.key.replace("-0", f"-fixed{depth}")
         subject = trained.subject._replace(model=model, key=key)
-        rows.append(Row(f"every token at depth {depth}", folder, subject))
+        held = (1.0,) * depth + (0.0,) * (config.num_recursions - depth)
+        rows.append(Row(f"every token at depth {depth}", folder, subject, held))
     return rows
 
 
-def _costs(model: MoR, active: Sequence[float]) -> dict[str, Any]:
-    """Return what a row costs at the shares of tokens that were active."""
+def _costs(model: MoR, active: tuple[float, ...] | None) -> dict[str, Any]:
+    """Return what a row costs at the shares of tokens that were active; None where nobody knows."""
     config = model.config
     params = cost.count_params(config)
     size = next(iter(model.parameters())).element_size()
+    known = {"params_unique": params.unique, "weight_bytes": params.unique * size}
+    if active is None:
+        return {**known, "mean_depth": None, "flops_per_token": None, "kv_bytes_per_token": None}
     return {
-        "params_unique": params.unique,
-        "weight_bytes": params.unique * size,
+        **known,
         "mean_depth": sum(active),
         "flops_per_token": cost.decode_flops_per_token(config, CONTEXT, active=active),
         "kv_bytes_per_token": cost.kv_bytes_per_token(config, element_bytes=2, active=active),
     }
 
 
-def tokens_per_s(models: Sequence[MoR]) -> list[float]:
-    """Time every model on our engine, in rounds whose order changes; prompts included."""
+def tokens_per_s(models: Sequence[MoR]) -> list[tuple[float, float]]:
+    """Time every model on our engine, in rounds whose order changes; prompts included.
+
+    Returns tokens a second, and the mean depth that those tokens took, of each
+    """
     draw = random.Random(0)
     vocab = min(model.config.vocab_size for model in models)
     prompts = [[draw.randrange(vocab) for _ in range(PROMPT_LEN)] for _ in range(REQUESTS)]
@@ -169,16 +186,19 @@ def tokens_per_s(models: Sequence[MoR]) -> list[float]:
     )
     engines = [Engine(model.eval(), config=settings) for model in models]
     times: list[list[float]] = [[] for _ in engines]
+    depths = [0.0] * len(engines)
     with progress("tokens a second", ROUNDS + 1) as bar:
         for round_ in range(ROUNDS + 1):
             order = range(len(engines)) if round_ % 2 else reversed(range(len(engines)))
             for place in order:
                 start_s = time.perf_counter()
-                engines[place].generate(prompts, params)
+                outputs = engines[place].generate(prompts, params)
                 times[place].append(time.perf_counter() - start_s)
+                depths[place] = statistics.mean(output.mean_depth for output in outputs)
             bar.advance()
     # The first round warms up.
-    return [REQUESTS * NEW_TOKENS / statistics.median(one[1:]) for one in times]
+    rates = [REQUESTS * NEW_TOKENS / statistics.median(one[1:]) for one in times]
+    return list(zip(rates, depths, strict=True))
 
 
 def _page(lines: Sequence[dict[str, Any]], folder: Path, parent: Path) -> str:
@@ -187,20 +207,20 @@ def _page(lines: Sequence[dict[str, Any]], folder: Path, parent: Path) -> str:
             line["model"],
             human_count(line["params_unique"]),
             human_bytes(line["weight_bytes"]),
-            f"{line['mean_depth']:.2f}",
-            human_count(line["flops_per_token"]),
-            human_bytes(line["kv_bytes_per_token"]),
-            f"{line['tokens_per_s']:.0f}",
+            _known(line["mean_depth"], "{:.2f}".format),
+            _known(line["flops_per_token"], human_count),
+            _known(line["kv_bytes_per_token"], human_bytes),
+            f"{line['tokens_per_s']:.0f} at depth {line['timed_mean_depth']:.2f}",
             f"{line['speedup']:.2f}",
             f"{line['bits_per_byte']:.4f}" if "bits_per_byte" in line else "",
             f"{100 * line['more_bits']:+.1f} %" if "more_bits" in line else "",
-            _interval(line.get("retention")),
+            _interval(line["retention"]) if "retention" in line else "",
         ]
         for line in lines
     ]
     note = (
-        f"FLOPs of a token after {CONTEXT}, at the depths of the validation text where that was "
-        "measured; tokens/s with prompts included. Retention: (accuracy - chance) over the "
+        f"FLOPs of a token after {CONTEXT}, at the depths of the text that was measured; tokens/s "
+        "with prompts included, of drawn tokens. Retention: (accuracy - chance) over the "
         "parent's, in brackets 95 % of a paired bootstrap."
     )
     sections = [Section("Beside the parent", table_html(HEAD, cells), note)]
@@ -226,7 +246,11 @@ def _score(line: dict[str, Any]) -> str:
     return f"{line['main']:.3f} ±{error:.3f}, {line['mean_depth']:.2f}"
 
 
+def _known(value: float | None, show: Callable[[float], str]) -> str:
+    return "" if value is None else show(value)
+
+
 def _interval(kept: dict[str, float] | None) -> str:
     if kept is None:
-        return ""
+        return "parent at chance"
     return f"{kept['value']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]"

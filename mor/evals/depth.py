@@ -14,12 +14,17 @@ EVERYONE, NOBODY = -1.0, 2.0
 def bound_depth(model: MoR, *, least: int = 1, most: int) -> None:
     """Let every token take `least` to `most` recursions; changes the model's thresholds.
 
-    Raises ValueError for a router that has none
+    Raises ValueError for a router that has none, or a depth that the model has not
     """
     config = model.config
     if config.router not in ("expert_choice", "threshold"):
         raise ValueError(
             f"the router {config.router} has no thresholds, so its depth cannot be limited"
+        )
+    if not 1 <= least <= most <= config.num_recursions:
+        raise ValueError(
+            f"depth {least} to {most} does not fit a model of {config.num_recursions} recursions; "
+            f"give 1 to {config.num_recursions}"
         )
     for r in range(config.num_recursions):
         if r < least or r >= most:

@@ -100,12 +100,15 @@ def answer_tasks(
     data_dir: Path | None,
     *,
     limit: int = 0,
+    num_fewshot: int = 0,
     cache: Path | None = None,
 ) -> dict[str, list[Judged]]:
     """Answer tasks with a model that is loaded; see `run_tasks`."""
     if tasks and data_dir is None:
         raise ValueError("--data-dir is missing; give the folder of the tasks' files")
-    items = _items(tasks, data_dir, limit=limit) if data_dir is not None else {}
+    if data_dir is None:
+        return {}
+    items = _items(tasks, data_dir, limit=limit, num_fewshot=num_fewshot)
     return {task: _answer(subject, task, some, cache) for task, some in items.items()}
 
 
@@ -251,9 +254,10 @@ class Retention(NamedTuple):
     high: float
 
 
-def retention(ours: dict[str, list[Judged]], parents: dict[str, list[Judged]]) -> Retention:
+def retention(ours: dict[str, list[Judged]], parents: dict[str, list[Judged]]) -> Retention | None:
     """Compare answers to the same items; each task counts alike.
 
+    None where the parent itself is not above chance: its 95 % reach 0, and so would a divisor.
     Raises ValueError when the items are not the same
     """
     gains, wholes = [], []
@@ -266,13 +270,15 @@ def retention(ours: dict[str, list[Judged]], parents: dict[str, list[Judged]]) -
         gains.append(np.array([getattr(one, pick) for one in some]) - chance)
         wholes.append(np.array([getattr(one, pick) for one in theirs]) - chance)
 
-    def ratio(places: Sequence[np.ndarray]) -> float:
-        kept = sum(float(g[p].mean()) for g, p in zip(gains, places, strict=True))
-        whole = sum(float(w[p].mean()) for w, p in zip(wholes, places, strict=True))
-        return kept / whole if whole else float("nan")
+    def total(of: list[np.ndarray], places: Sequence[np.ndarray]) -> float:
+        return sum(float(one[p].mean()) for one, p in zip(of, places, strict=True))
 
     rng = np.random.default_rng(0)
-    sizes = [len(gain) for gain in gains]
-    draws = [ratio([rng.integers(n, size=n) for n in sizes]) for _ in range(DRAWS)]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return Retention(ratio([np.arange(n) for n in sizes]), float(low), float(high))
+    draws = [[rng.integers(len(gain), size=len(gain)) for gain in gains] for _ in range(DRAWS)]
+    whole = np.array([total(wholes, places) for places in draws])
+    if np.quantile(whole, 0.025) <= 0:
+        return None
+    low, high = np.quantile([total(gains, p) for p in draws] / whole, [0.025, 0.975])
+    everyone = [np.arange(len(gain)) for gain in gains]
+    value = total(gains, everyone) / total(wholes, everyone)
+    return Retention(value, float(low), float(high))

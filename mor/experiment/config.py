@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mor.config import ModelConfig, check_choice
-from mor.train.config import Recipe, TrainConfig, check_fields
+from mor.train.config import RECIPE_TABLES, Recipe, TrainConfig, check_fields
 
 Kind = Literal["vanilla", "recursive", "mor", "random"]
 KINDS: dict[Kind, str] = {
@@ -163,7 +163,7 @@ def load_experiment(path: Path) -> Experiment:
         },
     )
     for table in ("model", "train"):
-        check_fields(f"{where}: [{table}]", table, data.get(table, {}))
+        check_fields(f"{where}: [{table}]", RECIPE_TABLES[table], data.get(table, {}))
     for given in ("budget_tokens", "budget_flops", "seed"):
         if given in data.get("train", {}):
             raise ValueError(f"{where}: train.{given} is for [[budgets]] and seeds; leave it out")
@@ -241,7 +241,7 @@ def _entries(where: str, what: str, tables: list[Any]) -> tuple[Entry, ...]:
         at = f"{where}: [[{what}]] {table.get('name', '')}".rstrip()
         _check_keys(at, table, {"name": str, "label": str, "model": dict, "train": dict})
         for fields in ("model", "train"):
-            check_fields(f"{at}: {fields}", fields, table.get(fields, {}))
+            check_fields(f"{at}: {fields}", RECIPE_TABLES[fields], table.get(fields, {}))
         name = _name(at, table)
         entries.append(
             Entry(

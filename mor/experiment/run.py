@@ -50,19 +50,10 @@ def run_experiment(path: Path, config: ExperimentConfig) -> dict[str, Any]:
 
     Raises ValueError for a recipe, data or folder that does not fit; KeyboardInterrupt after Ctrl-C
     """
-    experiment = load_experiment(path)
     if config.out is None:
         raise ValueError("--out is missing; give a folder for members and report")
-    data, names = None, [bench.name for bench in experiment.bench]
-    if experiment.models:
-        if config.data is None:
-            raise ValueError("--data is missing; give the folder that mor prepare wrote")
-        data = PreparedData.open(config.data)
-        planned = planned_members(experiment, data)
-        names += [member.name for member in planned if member.budget != SWEEP]
-    for one in config.only:
-        if not any(name.startswith(one) for name in names):
-            check_choice("--only", one, names)
+    experiment = load_experiment(path)
+    data, _ = _asked_for(experiment, config)
     require_report_extra()
     config.out.mkdir(parents=True, exist_ok=True)
     with only_one(config.out):
@@ -79,36 +70,61 @@ def run_experiment(path: Path, config: ExperimentConfig) -> dict[str, Any]:
 def list_members(path: Path, config: ExperimentConfig) -> dict[str, Any]:
     """Say what an experiment would train, with rates as the recipe has them."""
     experiment = load_experiment(path)
+    _, members = _asked_for(experiment, config)
     rows: list[dict[str, Any]] = []
+    for member in members:
+        if member.kind == "same_time_s":
+            rows.append({"member": member.name, "tokens": None})
+            logger.info("%-40s tokens follow from the measured pace", member.name)
+            continue
+        tokens = member.recipe.train.budget_tokens
+        rows.append(
+            {
+                "member": member.name,
+                "params_nonembedding": count_params(member.recipe.model).nonembedding,
+                "tokens": tokens,
+                "tokens_per_param": member.tokens_per_param,
+                "train_flops": member.train_flops,
+            }
+        )
+        logger.info(
+            "%-40s %8s tokens, %5.1f per parameter, %8sFLOPs",
+            member.name,
+            human_count(tokens),
+            member.tokens_per_param,
+            human_count(member.train_flops),
+        )
+    bench = [one for one in experiment.bench if _is_named(one.name, config.only)]
+    for one in bench:
+        logger.info("%-40s mor bench %s", one.name, shlex.join(one.args))
+    return {"members": rows, "bench": [one.name for one in bench]}
+
+
+def _is_named(name: str, only: Sequence[str]) -> bool:
+    return not only or any(name.startswith(one) for one in only)
+
+
+def _asked_for(
+    experiment: Experiment, config: ExperimentConfig
+) -> tuple[PreparedData | None, list[Member]]:
+    """Open the data and plan the members that --only names, those of their sweeps first.
+
+    Raises ValueError for data that is missing, a name that no member or benchmark begins with
+    """
+    data, planned = None, []
     if experiment.models:
         if config.data is None:
-            raise ValueError("--data is missing; costs depend on its vocabulary")
+            raise ValueError("--data is missing; give the folder that mor prepare wrote")
         data = PreparedData.open(config.data)
-        for member in planned_members(experiment, data):
-            if member.kind == "same_time_s":
-                rows.append({"member": member.name, "tokens": None})
-                logger.info("%-40s tokens follow from the measured pace", member.name)
-                continue
-            tokens = member.recipe.train.budget_tokens
-            rows.append(
-                {
-                    "member": member.name,
-                    "params_nonembedding": count_params(member.recipe.model).nonembedding,
-                    "tokens": tokens,
-                    "tokens_per_param": member.tokens_per_param,
-                    "train_flops": member.train_flops,
-                }
-            )
-            logger.info(
-                "%-40s %8s tokens, %5.1f per parameter, %8sFLOPs",
-                member.name,
-                human_count(tokens),
-                member.tokens_per_param,
-                human_count(member.train_flops),
-            )
-    for bench in experiment.bench:
-        logger.info("%-40s mor bench %s", bench.name, shlex.join(bench.args))
-    return {"members": rows, "bench": [bench.name for bench in experiment.bench]}
+        planned = planned_members(experiment, data)
+    finals = [one for one in planned if one.budget != SWEEP]
+    names = [one.name for one in (*finals, *experiment.bench)]
+    for one in config.only:
+        if not any(name.startswith(one) for name in names):
+            check_choice("--only", one, names)
+    swept = {(one.size, one.model) for one in finals if _is_named(one.name, config.only)}
+    sweeps = [one for one in planned if one.budget == SWEEP and (one.size, one.model) in swept]
+    return data, [*sweeps, *(one for one in finals if _is_named(one.name, config.only))]
 
 
 class _Run:
@@ -134,7 +150,7 @@ class _Run:
         if self.data is not None:
             self._trainings(self.data)
         for bench in self.experiment.bench:
-            if not self._is_asked(bench.name):
+            if not _is_named(bench.name, self.config.only):
                 continue
             if self._is_kept(bench.name):
                 self.num_kept += 1
@@ -154,7 +170,7 @@ class _Run:
         for member in budget_members(
             self.experiment, data, lr_of=rate, pace_of=lambda *which: self._pace(data, *which)
         ):
-            if not self._is_asked(member.name):
+            if not _is_named(member.name, self.config.only):
                 continue
             if self.experiment.sweep and self.rates.get((member.size, member.model)) is None:
                 self._fail(member.about, "every rate of its sweep failed")
@@ -195,9 +211,6 @@ class _Run:
                 (size.name, one): kept["tokens_per_s"][one] for one in kept["tokens_per_s"]
             }
         return self.paces[size.name, model.name]
-
-    def _is_asked(self, name: str) -> bool:
-        return not self.config.only or any(name.startswith(one) for one in self.config.only)
 
     def _begins(self, budget: str, size: Entry, model: Entry) -> bool:
         """Tell whether a member of a model may be asked for."""

@@ -194,20 +194,20 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is not TOML: {error}") from error
     for table, fields in data.items():
         check_choice(f"{path}: table", table, list(RECIPE_TABLES))
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}: {table} must be a table; write [{table}]")
-        check_fields(f"{path}: [{table}]", table, fields)
+        check_fields(f"{path}: [{table}]", RECIPE_TABLES[table], fields)
     return data
 
 
-def check_fields(where: str, table: str, fields: dict[str, Any]) -> None:
-    """Raise ValueError for a key that a table has not, or a value of another type."""
-    hints = typing.get_type_hints(RECIPE_TABLES[table])
+def check_fields(where: str, kind: type, fields: Any) -> None:
+    """Raise ValueError unless fields are a table of a dataclass's keys and types."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} is {fields!r}; write a table")
+    hints = typing.get_type_hints(kind)
     for key, value in fields.items():
         check_choice(f"{where}: key", key, list(hints))
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key]))
-            raise ValueError(f"{where}: {table}.{key} is {value!r}; give a value of {wanted}")
+            raise ValueError(f"{where}: {key} is {value!r}; give a value of {wanted}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -223,7 +223,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return isinstance(value, str if hint is Path else hint)
 
 
 def recipe_flags(tables: dict[str, dict[str, Any]]) -> list[str]:

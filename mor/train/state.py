@@ -118,7 +118,8 @@ def _check_moments(
 ) -> None:
     """Raise ValueError unless an optimizer's file is whole and of this model and optimizer.
 
-    A parameter that never had a gradient, such as a router that nobody reached, has no moments.
+    A parameter that is frozen or never had a gradient, such as a router that nobody reached, has
+    no moments.
     """
     moments: dict[Any, tuple[str, ...]] = {}
     for group in optimizer.param_groups:
@@ -126,7 +127,7 @@ def _check_moments(
         moments |= dict.fromkeys(group["params"], kind)
     shapes = {"rng.cpu": torch.get_rng_state().shape}
     for name, param in model.named_parameters():
-        keys = [f"{name}.{key}" for key in moments[param]]
+        keys = [f"{name}.{key}" for key in moments.get(param, ())]
         if any(key in tensors for key in keys):
             shapes |= dict.fromkeys(keys, param.shape)
             if f"{name}.step" in keys:

@@ -84,7 +84,7 @@ class Teacher:
         self.after_layers = layers_at_ends(student, parent.num_hidden_layers)
         self.top: TopTokens | None = None
         if config.top_k:
-            self.top = TopTokens(cache, min(config.top_k, parent.vocab_size), folder)
+            self.top = TopTokens(cache, min(config.top_k, parent.vocab_size), folder, dtype)
 
     def losses(self, student: MoR, batch: Batch, out: MoROutput) -> Taught:
         """Compare a student's states on a batch with the parent's."""
@@ -142,9 +142,10 @@ class Teacher:
 class TopTokens:
     """A parent's likeliest tokens after each token of a batch, kept by what the batch holds."""
 
-    def __init__(self, folder: Path | None, K: int, parent: Path) -> None:
+    def __init__(self, folder: Path | None, K: int, parent: Path, dtype: torch.dtype) -> None:
+        """Keep what a parent's folder says, worked out in dtype."""
         self.folder, self.K = folder, K
-        self.parent = sha256_file(parent / WEIGHTS)
+        self.told = f"{sha256_file(parent / WEIGHTS)} {K} and the rest, {dtype}"
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -177,7 +178,7 @@ class TopTokens:
         return share_NJ / share_NJ.sum(-1, keepdim=True), token_NK
 
     def _name(self, batch: Batch) -> str:
-        told = hashlib.sha256(f"{self.parent} {self.K} and the rest".encode())
+        told = hashlib.sha256(f"{self.told} {tuple(batch.input_ids_BT.shape)}".encode())
         for ids in (batch.input_ids_BT, batch.segment_BT):
             if ids is not None:
                 told.update(ids.cpu().numpy().tobytes())

@@ -82,6 +82,7 @@ def train(
     resume: bool = False,
     start: Path | None = None,
     teacher: Teaching | None = None,
+    go_on: str = "add --resume to go on",
 ) -> TrainSummary:
     """Train a model from a recipe on prepared data; the model folder ends as `out/model`.
 
@@ -89,16 +90,15 @@ def train(
     resume   go on from the newest checkpoint in `out`
     start    model folder whose weights, first and last token the run begins with
     teacher  parent to learn from beside the text
+    go_on    what a stopped run says to do next
     Raises   ValueError for settings that do not fit, a folder that holds another run, or a step
              whose loss is not finite (the last good checkpoint stays); Interrupted after Ctrl-C
     """
     fitted = fit_to_data(recipe.model, data, recipe)
     if start is not None:
-        ends = {
-            "bos_token_id": recipe.model.bos_token_id,
-            "eos_token_id": recipe.model.eos_token_id,
-        }
-        fitted = dataclasses.replace(fitted, **ends)
+        taken = ("vocab_size", "bos_token_id", "eos_token_id")
+        kept = {name: getattr(recipe.model, name) for name in taken}
+        fitted = dataclasses.replace(fitted, **kept)
     recipe = dataclasses.replace(recipe, model=fitted)
     config = recipe.train
     if config.fit_tokens:
@@ -180,6 +180,8 @@ def train(
                     meter.reset()
                     log_s, log_step = now_s, done
                 if done % eval_every == 0 and done < num_steps:
+                    if start is not None and recipe.model.router == "expert_choice":
+                        set_thresholds(model, heldout, dtype=dtype)  # a conversion's let all pass
                     result = measure_loss(model, heldout, dtype=dtype)
                     line = {"heldout_loss": result.loss, "heldout_active": list(result.active)}
                     if taught is not None:
@@ -194,9 +196,7 @@ def train(
                     checkpoints.save(model, optimizer, state)
                     log_s, log_step = time.monotonic(), done
                 if stop.is_set() and done < num_steps:
-                    raise Interrupted(
-                        f"stopped after step {done} of {num_steps}; add --resume to go on"
-                    )
+                    raise Interrupted(f"stopped after step {done} of {num_steps}; {go_on}")
         finally:
             checkpoints.close()
             metrics.close()

@@ -22,21 +22,19 @@ from mor.train.config import TrainConfig, check_fields
 from mor.train.distill import DistillConfig
 
 SELF = "self"
-SHAPE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_recursions",
-    "sharing",
-    "tie_word_embeddings",
-    "lora_rank",
-    "lora_targets",
+STAGE_FIELDS = (
+    "router",
+    "router_alpha",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_threshold_rate",
+    "router_seed",
+    "capacity",
+    "capacity_warmup_steps",
+    "gating",
+    "kv_strategy",
 )
-"""what conversion decides; a stage cannot change it"""
+"""what a stage may change of the model; the rest is decided by conversion"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,35 +143,44 @@ def _stage(path: Path, data: dict[str, Any], table: dict[str, Any]) -> Stage:
     if name in ("parent", "start", "model", "data", "teacher"):
         raise ValueError(f"{path}: {at}: {name} is the name of another folder; rename the stage")
     model = table.get("model", {})
-    check_fields(f"{path}: {at}: model", "model", model)
+    check_fields(f"{path}: {at}: model", ModelConfig, model)
     for field in model:
-        if field in SHAPE_FIELDS:
+        if field not in STAGE_FIELDS:
             raise ValueError(
                 f"{path}: {at}: {field} is decided by [convert]; a stage changes routing alone"
             )
-    train = {**data.get("train", {}), **table.get("train", {})}
-    check_fields(f"{path}: {at}: train", "train", train)
-    distill = table.get("distill", data.get("distill"))
+    train = _merged(f"{path}: {at}: train", data.get("train", {}), table.get("train", {}))
+    check_fields(f"{path}: {at}: train", TrainConfig, train)
     try:
         built = TrainConfig(**train)
     except ValueError as error:
         raise ValueError(f"{path}: {at}: {error}") from error
     if "capacity" in model:
         model = {**model, "capacity": tuple(model["capacity"])}
-    return Stage(
-        name=name,
-        model=model,
-        train=built,
-        distill=_build(path, f"{at}: distill", DistillConfig, distill) if distill else None,
-    )
+    distill = None
+    if "distill" in data or "distill" in table:
+        told = _merged(f"{path}: {at}: distill", data.get("distill", {}), table.get("distill", {}))
+        distill = _build(path, f"{at}: distill", DistillConfig, told)
+    return Stage(name=name, model=model, train=built, distill=distill)
+
+
+def _merged(where: str, common: Any, own: Any) -> dict[str, Any]:
+    """Return what all stages have with a stage's own in its place; ValueError for no tables."""
+    for one in (common, own):
+        if not isinstance(one, dict):
+            raise ValueError(f"{where} is {one!r}; write a table")
+    return {**common, **own}
 
 
 def _build(path: Path, at: str, kind: Any, values: dict[str, Any]) -> Any:
     """Make a dataclass of a table; ValueError names what does not fit."""
+    check_fields(f"{path}: {at}", kind, values)
     hints = typing.get_type_hints(kind)
-    for key in values:
-        check_choice(f"{path}: {at}: key", key, list(hints))
-    made = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        made[key] = tuple(value) if isinstance(value, list) else value
+        if hints[key] == Path | None:
+            made[key] = Path(value)
     try:
         return kind(**made)
     except (TypeError, ValueError) as error:

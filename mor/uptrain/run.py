@@ -14,14 +14,16 @@ from typing import Any
 
 from mor.checkpoint import load_model
 from mor.config import ModelConfig
+from mor.convert.config import ConvertConfig
 from mor.convert.convert import convert
 from mor.data.loader import PreparedData
-from mor.files import atomic_folder, only_one, read_json, write_json
+from mor.files import atomic_folder, only_one, read_json, remove_leftovers, write_json
 from mor.log import logger
 from mor.ops.device import pick_device, pick_dtype
-from mor.train.config import Recipe
+from mor.train.config import Recipe, check_context
+from mor.train.fit import check_fit
 from mor.train.heldout import measure_loss
-from mor.train.trainer import Teaching, held_batches, train
+from mor.train.trainer import SUMMARY, Teaching, held_batches, train
 from mor.uptrain.config import SELF, Stage, UptrainConfig, UptrainRecipe, load_uptrain_recipe
 from mor.uptrain.self_text import write_self_text
 
@@ -32,7 +34,9 @@ TAKEN_ALONG = ("tokenizer_config.json", "chat_template.jinja", "generation_confi
 
 
 def uptrain(parent: str, config: UptrainConfig) -> dict[str, Any]:
-    """Make a MoR of a parent; returns bits per byte of both, mean depth and the model's folder.
+    """Make a MoR of a parent; returns bits per byte of both, mean depth and each stage's results.
+
+    Once all stages are done, `model` is the folder of what came out.
 
     Raises ValueError for a parent, recipe, data or folder that does not fit; Interrupted after
     Ctrl-C, and the same command goes on
@@ -41,44 +45,47 @@ def uptrain(parent: str, config: UptrainConfig) -> dict[str, Any]:
     wanted = _wanted(config, recipe)
     config.out.mkdir(parents=True, exist_ok=True)
     with only_one(config.out):
+        remove_leftovers(config.out)
         asked = _asked(parent, config, recipe)
         _hold_to_first(config.out, asked)
-        plain = dataclasses.replace(recipe.convert, **_PLAIN)
-        for name, how in (("parent", plain), ("start", recipe.convert)):
+        how = recipe.convert
+        plain = ConvertConfig(
+            num_recursions=1, tokenizer=how.tokenizer, dtype=how.dtype, seed=how.seed
+        )
+        for name, settings in (("parent", plain), ("start", how)):
             if not (config.out / name).is_dir():
                 logger.info("%s: converting %s", name, parent)
-                convert(parent, config.out / name, how)
+                convert(parent, config.out / name, settings)
             _note(config.out, name, asked)
+        models = _stage_models(recipe, ModelConfig.load(config.out / "start"))
         data = _data(config, recipe)
         _note(config.out, "data", asked)
-        measured = _parent_bits(config, recipe.stages[-1], data)
         before, rows = config.out / "start", []
-        for stage in recipe.stages:
+        for stage, model in zip(recipe.stages, models, strict=True):
+            start, before = before, config.out / stage.name / "model"
             if stage.name in wanted:
-                rows.append(_stage(config, stage, before, data))
-                logger.info(
-                    "%s: %.4f bits per byte at mean depth %.2f; the parent's %.4f",
-                    stage.name,
-                    rows[-1]["bits_per_byte"],
-                    rows[-1]["mean_depth"],
-                    measured["bits_per_byte"],
-                )
-            before = config.out / stage.name / "model"
-        if before.is_dir():
+                row = _stage(config, stage, model, start, data)
+            elif (config.out / stage.name / SUMMARY).is_file():
+                row = read_json(config.out / stage.name / SUMMARY)
+            else:
+                continue
+            parent_bits = _parent_bits(config, stage, data)
+            row |= {"stage": stage.name, "parent_bits_per_byte": parent_bits}
+            row["lost"] = row["bits_per_byte"] / parent_bits - 1
+            rows.append(row)
+            logger.info(
+                "%s: %.4f bits per byte at mean depth %.2f; the parent's %.4f",
+                *(stage.name, row["bits_per_byte"], row["mean_depth"], parent_bits),
+            )
+        result: dict[str, Any] = {"stages": rows}
+        if rows:
+            told = ("bits_per_byte", "parent_bits_per_byte", "lost", "mean_depth")
+            result |= {name: rows[-1][name] for name in told}
+        if len(rows) == len(recipe.stages):
             _publish(before, config.out)
-    result = {"parent_bits_per_byte": measured["bits_per_byte"], "stages": rows}
-    if rows:
-        result |= {
-            "model": str(config.out / "model"),
-            "bits_per_byte": rows[-1]["bits_per_byte"],
-            "mean_depth": rows[-1]["mean_depth"],
-            "lost": rows[-1]["bits_per_byte"] / measured["bits_per_byte"] - 1,
-        }
+            result["model"] = str(config.out / "model")
     write_json(config.out / "uptrain.json", result)
     return result
-
-
-_PLAIN: dict[str, Any] = {"num_recursions": 1}
 
 
 def _asked(parent: str, config: UptrainConfig, recipe: UptrainRecipe) -> dict[str, Any]:
@@ -128,11 +135,28 @@ def _data(config: UptrainConfig, recipe: UptrainRecipe) -> PreparedData:
     return PreparedData.open(folder)
 
 
-def _parent_bits(config: UptrainConfig, stage: Stage, data: PreparedData) -> dict[str, Any]:
-    """Measure the parent on the validation text that the last stage is measured on, once."""
+def _stage_models(recipe: UptrainRecipe, start: ModelConfig) -> list[ModelConfig]:
+    """Return the model of every stage; ValueError, before any training, for one that is off."""
+    models = []
+    for stage in recipe.stages:
+        models.append(stage.config(start))
+        try:
+            Recipe(model=models[-1], train=stage.train)
+            check_context(models[-1], stage.train)
+            if stage.train.fit_tokens:
+                check_fit(models[-1])
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from error
+    return models
+
+
+def _parent_bits(config: UptrainConfig, stage: Stage, data: PreparedData) -> float:
+    """Measure the parent on the validation text that a stage is measured on, once."""
     file = config.out / "parent.json"
-    if file.is_file():
-        return read_json(file)
+    known = read_json(file) if file.is_file() else {}
+    key = f"context {stage.train.context}, {stage.train.eval_tokens} tokens, {stage.train.dtype}"
+    if key in known:
+        return known[key]
     device = pick_device(config.device)
     dtype = pick_dtype(stage.train.dtype, device)
     model = load_model(config.out / "parent", device=device)
@@ -140,12 +164,13 @@ def _parent_bits(config: UptrainConfig, stage: Stage, data: PreparedData) -> dic
     result = measure_loss(model, held, dtype=dtype)
     val = data.split("val")
     bits = result.bits_per_byte(val.tokens / val.bytes)
-    measured = {"loss": result.loss, "bits_per_byte": bits}
-    write_json(file, measured)
-    return measured
+    write_json(file, {**known, key: bits})
+    return bits
 
 
-def _stage(config: UptrainConfig, stage: Stage, before: Path, data: PreparedData) -> dict[str, Any]:
+def _stage(
+    config: UptrainConfig, stage: Stage, model: ModelConfig, before: Path, data: PreparedData
+) -> dict[str, Any]:
     """Run a stage, or what is left of it; returns its summary."""
     out = config.out / stage.name
     if not before.is_dir():
@@ -154,7 +179,6 @@ def _stage(config: UptrainConfig, stage: Stage, before: Path, data: PreparedData
     if config.max_tokens:
         tokens = min(stage.train.budget_tokens or config.max_tokens, config.max_tokens)
         settings = dataclasses.replace(settings, budget_tokens=tokens, budget_flops=0)
-    model = stage.config(ModelConfig.load(config.out / "start"))
     teacher = None
     if stage.distill is not None:
         cache = config.teacher_cache or config.out / "teacher"
@@ -166,8 +190,9 @@ def _stage(config: UptrainConfig, stage: Stage, before: Path, data: PreparedData
         resume=(out / "run.json").is_file(),
         start=before,
         teacher=teacher,
+        go_on="the same command goes on",
     )
-    return {"stage": stage.name, **summary._asdict()}
+    return summary._asdict()
 
 
 def _publish(model: Path, out: Path) -> None:

@@ -31,6 +31,14 @@ def misshape(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+def retype(dtype: torch.dtype) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        save_file({k: w.to(dtype) for k, w in weights.items()}, folder / "model.safetensors")
+
+    return make
+
+
 def leave_out(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.2.self_attn.q_proj.weight"]
@@ -45,6 +53,12 @@ def leave_out(folder: Path) -> None:
         (edit(rope_parameters={"rope_type": "yarn"}), {}, "rotary scaling .*yarn"),
         (edit(tie_word_embeddings=False), {}, "there is no lm_head.weight"),
         (edit(num_hidden_layers=9), {}, "27|do not divide|missing"),
+        (
+            edit(quantization_config={"quant_method": "fp8"}),
+            {},
+            "quantization_config asks for fp8; only plain float weights",
+        ),
+        (retype(torch.float64), {}, "is stored as torch.float64; only float32, float16"),
         (misshape, {}, r"layers\.1\.mlp\.up_proj\.weight has shape \[3, 3\]"),
         (leave_out, {"sharing": "none"}, "self_attn.q_proj.weight is missing"),
         (
@@ -64,6 +78,11 @@ def leave_out(folder: Path) -> None:
             lambda f: None,
             {"num_recursions": 4},
             r"drop 2 with --drop-layers, .* \[2, 3, 6\]",
+        ),
+        (
+            lambda f: None,
+            {"prelude_layers": 6, "coda_layers": 5},
+            "prelude_layers 6 and coda_layers 5 leave 0 of 8 layers for 2 recursions",
         ),
         (
             lambda f: None,
@@ -94,6 +113,8 @@ def test_a_parent_that_does_not_fit_is_refused_in_one_line(
         ({"gating": "additive"}, "gating is additive"),
         ({"router": "token_choice"}, "router is token_choice"),
         ({"init": "svd"}, "init is svd and lora_rank is 0"),
+        ({"init": "svd", "sharing": "none"}, "init is svd, but no layer is shared"),
+        ({"num_recursions": 1, "lora_rank": 8}, "lora_rank is 8, but num_recursions is 1"),
         ({"exit_maps": True, "router": "fixed"}, "exit_maps serve routers that let tokens go"),
         ({"num_recursions": 0}, "num_recursions is 0"),
         ({"init": "middle"}, "init 'middle' is unknown"),

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support_convert import IDS, SHAPE, go, logits
+from support_convert import IDS, PLAIN, SHAPE, go, logits
 
 from mor.checkpoint import load_model
 from mor.config import ModelConfig
-from mor.convert.check import unrolled
+from mor.convert.check import probe, unrolled
 from mor.convert.llama import to_llama
 from mor.convert.share import sources
 from mor.engine.config import EngineConfig
@@ -45,6 +45,40 @@ def test_own_layers_at_full_depth_are_the_parent(
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).is_file()
     assert "Converted from" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_layers_left_out_and_shared_keys_are_compared_with_the_whole_parent(
+    parent: Path, tmp_path: Path
+):
+    for name, settings in (
+        ("dropped", {"sharing": "none", "drop_layers": (3, 4)}),
+        ("shared", {"sharing": "middle_cycle", "kv_strategy": "shared"}),
+    ):
+        result = go(parent, tmp_path / name, **settings)
+        assert not result["is_exact"]
+        ids = probe(PLAIN)
+        with torch.no_grad():
+            ours, theirs = (load_model(f)(ids).logits for f in (tmp_path / name, parent))
+        wanted = float((ours - theirs).abs().max())
+        assert result["max_logit_difference"] == pytest.approx(wanted, rel=1e-3) and wanted > 0.01
+
+
+def test_half_precision_parents_convert(parent: Path, tmp_path: Path):
+    weights = load_file(parent / "model.safetensors")
+    save_file({name: w.half() for name, w in weights.items()}, parent / "model.safetensors")
+    assert go(parent, tmp_path / "out", sharing="none")["is_exact"]
+    assert next(load_model(tmp_path / "out").parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("body", ["mlp", "wide_mlp"])
+def test_routers_with_a_hidden_layer_can_learn(parent: Path, tmp_path: Path, body: str):
+    go(parent, tmp_path / "out", sharing="none", router_body=body)
+    model = load_model(tmp_path / "out").train()
+    out = model(IDS, labels=IDS, rule="train")
+    (out.loss_sum + out.router_loss_sum).backward()
+    router = model.model.router(1)
+    assert torch.sigmoid(router.logits(torch.randn(4, 32))[0]).tolist() == [0.5] * 4
+    assert any(p.grad is not None and p.grad.any() for p in router.parameters())
 
 
 def test_the_parent_is_what_transformers_reads(parent: Path, tmp_path: Path):

@@ -58,6 +58,7 @@ def test_rows_are_measured_alike(
     depths = [f"every token at depth {d}" for d in (1, 2, 3)]
     assert names == ["parent", "as trained", *depths, "another"]
     assert rows[0]["retention"]["value"] == 1 and rows[0]["speedup"] == 1
+    assert [row["timed_mean_depth"] for row in rows[2:5]] == pytest.approx([1, 2, 3])
     assert rows[0]["more_bits"] == 0
     assert [rows[i]["mean_depth"] for i in (2, 3, 4)] == pytest.approx([1, 2, 3])
     assert rows[1]["mean_depth"] == rows[5]["mean_depth"]
@@ -111,6 +112,10 @@ def test_the_command_writes_a_report_and_names_mistakes(
     assert "nothing to measure" in capsys.readouterr().err
     assert main([*command, *data, "--beside", "fixed"]) == 2
     assert "write LABEL=FOLDER" in capsys.readouterr().err
+    assert main([*command, *data, "--also-top-k"]) == 2
+    assert "--also-top-k does not go with --against" in capsys.readouterr().err
+    assert main(["eval", str(tiny_run / "model"), *data, *out]) == 2
+    assert "--out needs --against PARENT" in capsys.readouterr().err
 
 
 def test_labels_may_hold_an_equals_sign_only_once():

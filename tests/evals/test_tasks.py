@@ -141,9 +141,12 @@ def test_retention_is_paired_and_has_an_interval():
     wrong = Answer((-2.0, -1.0), (False, False), 1, 1, 0)
     parent = {"piqa": [judge(item, right if i % 10 else wrong) for i, item in enumerate(items)]}
     ours = {"piqa": [judge(item, right if i % 5 else wrong) for i, item in enumerate(items)]}
-    found = retention(ours, parent)
+    found, itself = retention(ours, parent), retention(parent, parent)
+    assert found is not None and itself is not None
     assert found.value == pytest.approx(0.3 / 0.4) and found.low < 0.75 < found.high
-    assert retention(parent, parent).value == 1
+    assert itself.value == 1
+    lost = {"piqa": [judge(item, right if i % 2 else wrong) for i, item in enumerate(items)]}
+    assert retention(parent, lost) is None  # a parent at chance keeps nothing that could be lost
     with pytest.raises(ValueError, match="the items are not the same"):
         retention({"piqa": ours["piqa"][1:]}, parent)
 

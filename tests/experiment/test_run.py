@@ -283,6 +283,11 @@ def test_the_list_says_what_each_member_costs(experiment: Path, tiny_data: Path)
     assert len(members) == 8 + 8 + 4 + 2 + 2 and listed["bench"] == ["decode"]
     assert members["same-tokens_twin_s0"]["tokens"] == 768
     assert members["same-time_twin_s0"]["tokens"] is None
+    some = ExperimentConfig(data=tiny_data, only=("same-tokens_twin_s0",))
+    listed = list_members(experiment, some)
+    names = [one["member"] for one in listed["members"]]
+    assert names == ["sweep_twin_lr0.001", "sweep_twin_lr0.003", "same-tokens_twin_s0"]
+    assert listed["bench"] == []
 
 
 def test_the_command_needs_a_recipe(capsys: pytest.CaptureFixture[str]):

@@ -12,14 +12,19 @@ import torch
 from mor.checkpoint import load_model, save_model
 from mor.cli import main
 from mor.config import ModelConfig
+from mor.convert.config import ConvertConfig
+from mor.convert.convert import convert
 from mor.convert.llama import llama_config
 from mor.data.loader import PreparedData
+from mor.engine.engine import Engine
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
 from mor.train import trainer
+from mor.train.metrics import read_metrics
 from mor.uptrain import run as runs
-from mor.uptrain.config import UptrainConfig, load_uptrain_recipe
+from mor.uptrain.config import SelfConfig, UptrainConfig, load_uptrain_recipe
 from mor.uptrain.run import uptrain
+from mor.uptrain.self_text import write_self_text
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = """
@@ -117,7 +122,9 @@ def test_stages_run_one_by_one(parent: Path, recipe: Path, tiny_data: Path, tmp_
     go(parent, recipe, tmp_path, tiny_data, stages=("block",))
     assert not (tmp_path / "up" / "model").exists()
     result = go(parent, recipe, tmp_path, tiny_data, stages=("router",))
-    assert [stage["stage"] for stage in result["stages"]] == ["router"]
+    assert [stage["stage"] for stage in result["stages"]] == ["block", "router"]
+    assert result["bits_per_byte"] == result["stages"][1]["bits_per_byte"]
+    assert "model" not in result
     with pytest.raises(ValueError, match=r"'rooter' is not in .*; it has block, router, polish"):
         go(parent, recipe, tmp_path, tiny_data, stages=("rooter",))
 
@@ -216,6 +223,99 @@ def test_shipped_recipes_load_and_open_with_their_purpose(path: Path):
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
+FITTED = """
+[convert]
+num_recursions = 2
+sharing = "none"
+prelude_layers = 2
+coda_layers = 2
+gating = "none"
+exit_maps = true
+[train]
+context = 32
+batch_tokens = 128
+dtype = "float32"
+eval_tokens = 256
+freeze = "prelude"
+eval_every = 2
+checkpoint_every = 2
+[distill]
+label_weight = 0.0
+teacher_weight = 1.0
+top_k = 8
+[[stages]]
+name = "route"
+model = { capacity = [1.0, 0.5] }
+train = { budget_tokens = 768, fit_tokens = 256 }
+"""
+
+
+def test_fitted_exits_heal_and_a_stopped_run_of_frozen_layers_goes_on(
+    parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe.write_text(FITTED)
+    step = trainer.train_step
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if args[3] == 3:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        go(parent, recipe, tmp_path, tiny_data)
+    monkeypatch.setattr(trainer, "train_step", step)
+    result = go(parent, recipe, tmp_path, tiny_data)
+    assert result["stages"][0]["steps"] == 6
+    assert result["mean_depth"] == pytest.approx(1.5, abs=0.2)
+    held = [
+        line
+        for line in read_metrics(tmp_path / "up" / "route" / "metrics.jsonl")
+        if "heldout_loss" in line
+    ]
+    assert [line["step"] for line in held] == [2, 4]
+    for line in held:  # measured as it will serve, not with everyone at full depth
+        assert line["heldout_active"][1] == pytest.approx(0.5, abs=0.05)
+
+
+def test_layers_that_are_left_out_are_the_parents_still(
+    parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path
+):
+    text = FITTED.replace("exit_maps = true", "exit_maps = true\ndrop_layers = [3, 4]")
+    recipe.write_text(text)
+    go(parent, recipe, tmp_path, tiny_data)
+    assert ModelConfig.load(tmp_path / "up" / "parent").num_hidden_layers == 8
+    assert ModelConfig.load(tmp_path / "up" / "model").num_hidden_layers == 6
+
+
+def test_text_that_was_stopped_goes_on_behind_whole_batches(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    convert(str(parent), tmp_path / "plain", ConvertConfig(num_recursions=1))
+    settings = SelfConfig(tokens=1500, text_tokens=16)
+    write_self_text(tmp_path / "plain", tmp_path / "whole" / "data", settings, device="cpu")
+    out, generate = tmp_path / "cut" / "data", Engine.generate
+    calls: list[int] = []
+
+    def stop(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_self_text(tmp_path / "plain", out, settings, device="cpu")
+    (part,) = (tmp_path / "cut").iterdir()
+    with part.open("a") as file:
+        file.write('{"text": "half a li')
+    write_self_text(tmp_path / "plain", out, settings, device="cpu")
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["data"]
+    for split in ("train", "val"):
+        whole = PreparedData.open(tmp_path / "whole" / "data").split(split)
+        assert whole.tokens == PreparedData.open(out).split(split).tokens
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -228,6 +328,10 @@ def test_shipped_recipes_load_and_open_with_their_purpose(path: Path):
         ("capacity_warmup_steps = 4", "num_recursions = 2", "num_recursions is decided by"),
         ("state_weight = 0.1", "state_weight = -1", "state_weight is -1"),
         ("lr = 3e-3", "lr = 'x'", "lr is 'x'"),
+        ("lora_rank = 2", "lora_rank = 2.5", "lora_rank is 2.5; give a value of int"),
+        ("lora_rank = 2", "tokenizer = 5", "tokenizer is 5; give a value of"),
+        ("capacity_warmup_steps = 4", "lora_alpha = 4", "lora_alpha is decided by"),
+        ("distill = { label_weight = 1.0, teacher_weight = 0.0 }", "distill = 3", "write a table"),
         ("budget_tokens = 512, ", "", "budget_tokens is 0 and budget_flops is 0"),
     ],
 )
@@ -244,4 +348,8 @@ def test_routing_that_does_not_fit_names_its_stage(
 ):
     recipe.write_text(RECIPE.replace("[1.0, 0.7, 0.4]", "[1.0, 0.7]"))
     with pytest.raises(ValueError, match="stage router: capacity has 2 values"):
+        go(parent, recipe, tmp_path, tiny_data)
+    assert not (tmp_path / "up" / "block").exists()  # before any training
+    recipe.write_text(RECIPE.replace("lr = 1e-3", "fit_tokens = 64"))
+    with pytest.raises(ValueError, match="stage router: fit_tokens needs exit_maps"):
         go(parent, recipe, tmp_path, tiny_data)
