@@ -9,7 +9,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,8 @@ def _lines() -> Iterator[str]:
             if line.strip():
                 yield line.strip()
         return
-    import readline  # noqa: F401  (gives input() its line editing)
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (gives input() its line editing)
 
     while True:
         try:

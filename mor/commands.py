@@ -6,6 +6,7 @@ Work is imported when a command starts.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -351,6 +352,7 @@ def run_uptrain(args: Uptrain) -> dict[str, Any]:
 
 
 def run_serve(args: Serve) -> dict[str, Any]:
+    _require("serve", "uvicorn", "fastapi", "prometheus_client", "llguidance")
     from mor.serve.run import serve
 
     return serve(args.model, args.config)
@@ -510,6 +512,7 @@ def run_bench_prefill(args: BenchPrefill) -> dict[str, Any]:
 
 
 def run_bench_serve(args: BenchServe) -> dict[str, Any]:
+    _require("serve", "aiohttp")
     from mor.bench.load import bench_serve
 
     result = bench_serve(args.config)
@@ -537,6 +540,16 @@ def run_experiment(args: Experiment) -> dict[str, Any]:
 
     run = list_members if args.config.list else run_experiment
     return run(args.recipe, args.config)
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Raise ValueError with the install command when a library of an extra is missing."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"{name} is missing; this command needs: pip install "
+                f"'mixture-of-recursions[{extra}]'"
+            )
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {

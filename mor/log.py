@@ -31,14 +31,15 @@ def setup_logging(*, verbose: bool = False) -> None:
 def print_json(data: dict[str, Any]) -> None:
     """Print data as the last line of stdout; NaN and infinity become null."""
     sys.stdout.flush()
-    print(json.dumps(_finite(data)), flush=True)
+    print(json.dumps(finite(data)), flush=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Turn numbers that JSON cannot hold into None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value

@@ -37,7 +37,7 @@ label = "random router"
 model = { num_recursions = 3, router = 'random' }
 [[budgets]]
 name = "same-flops"
-same_flops = 2e9
+same_flops = 4e8
 [[budgets]]
 name = "same-tokens"
 same_tokens = 768
@@ -49,7 +49,7 @@ models = ["twin", "mor3"]
 seeds = [0]
 [[budgets]]
 name = "same-time"
-same_time_s = 0.5
+same_time_s = 0.3
 models = ["twin", "mor3"]
 seeds = [0]
 [[bench]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -163,3 +164,19 @@ def test_a_reader_that_left_is_no_fault() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [(["serve", "x"], "uvicorn"), (["bench", "serve", "--url", "http://127.0.0.1:1"], "aiohttp")],
+)
+def test_a_missing_extra_is_asked_for_by_name(
+    command: list[str], module: str, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == module else found(name)
+    )
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"mor: {module} is missing") and "[serve]" in said

@@ -263,13 +263,16 @@ def _budget(where: str, table: dict[str, Any], models: list[str], seeds: tuple[i
         raise ValueError(f"{at} gives {given or 'no amount'}; give exactly one of {list(BUDGETS)}")
     if not 0 < table[given[0]] < float("inf"):
         raise ValueError(f"{at}: {given[0]} is {table[given[0]]}; give a number above 0")
-    for name in table.get("models", []):
+    asked = table.get("models", models)
+    for name in asked:
         check_choice(f"{at}: model", name, models)
+    if "models" in table and (not asked or len(set(asked)) != len(asked)):
+        raise ValueError(f"{at}: models is {asked}; give each once, at least one")
     return Budget(
         name=_name(at, table),
         kind=given[0],
         amount=float(table[given[0]]),
-        models=tuple(table.get("models", models)),
+        models=tuple(asked),
         seeds=_numbers(at, "seeds", table["seeds"], int) if "seeds" in table else seeds,
     )
 
@@ -294,6 +297,8 @@ def _name(at: str, table: Mapping[str, Any]) -> str:
     name = table.get("name", "")
     if not name or not all(c.isascii() and (c.isalnum() or c in "-.") for c in name):
         raise ValueError(f"{at}: name is {name!r}; give letters, digits, - and .")
+    if name in ("sweep", "pace"):
+        raise ValueError(f"{at}: {name} is what results call something else; give another name")
     return name
 
 

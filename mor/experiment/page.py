@@ -29,9 +29,9 @@ def write_report(out: Path, experiment: Experiment, results: Sequence[Result]) -
                 table.title,
                 table_html(HEAD, cells(table), caption=_caption(table)),
                 "Causal validation loss in nats per token; with ± the seed that is farthest from "
-                "the mean. A difference is paired over texts and averaged over seeds; in brackets "
-                "95 % over texts. Time and memory are of runs that had the machine to themselves "
-                "only where the log says so.",
+                "the mean. A difference is paired over texts and seeds; in brackets 95 % over "
+                "both, over texts alone where one seed is kept. Time and memory are of runs that "
+                "had the machine to themselves only where the log says so.",
             )
         )
         sections.append(Section(f"{table.budget}: training loss", _curves(table)))
@@ -69,10 +69,8 @@ def _curves(table: Table) -> str:
     for row in table.rows:
         points = row.results[0]["curve"]
         per_token = row.results[0]["train_flops"] / row.results[0]["tokens"]
-        series[row.label] = (
-            [tokens * per_token for tokens, _ in points],
-            [loss for _, loss in points],
-        )
+        flops = [more[0] if more else tokens * per_token for tokens, _, *more in points]
+        series[row.label] = (flops, [loss for _, loss, *_ in points])
     return curves_svg(series, x_label="training FLOPs", y_label="loss, nats per token")
 
 

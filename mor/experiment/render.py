@@ -21,10 +21,14 @@ Written by `mor experiment --render docs/results.md README.md` from the files in
 by hand: each line there is one training or benchmark with its settings, its machine and a hash of
 itself.
 
-Losses are causal, in nats per token on validation text; a difference is paired over the same
-texts and averaged over seeds, in brackets 95 % over texts. A claim holds when the whole interval
-and every seed are on its side; "tie" says that they are not. The vanilla twin, fixed depth, MoR and
-the random router share data, budget and the sweep of their learning rates.
+Losses are causal, in nats per token on validation text; ± is the seed that is farthest from the
+mean. A difference is paired over the same texts and over the seeds that both have, in brackets 95 %
+over texts (blocks of neighbouring rows drawn again) and seeds (their noise estimated over all rows
+of the experiment). A claim about losses holds when two seeds or more are kept and the whole
+interval is on its side, "tie" says that it holds 0, and rows that differ in more than what is
+compared get no verdict. The vanilla twin, fixed depth, MoR and the random router share data and
+budget. A rate is the recipe's, the same for all, or the best of a sweep with the same rates for
+all; "edge" says that it was the sweep's last, so a better one may lie beyond.
 """
 
 

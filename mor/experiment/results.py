@@ -98,7 +98,9 @@ class Results:
         return next((one for one in done if key_of(one) == key), None)
 
     def add(self, result: Result) -> Result:
-        """Keep a result, in place of an earlier one of its name; returns it with its hash.
+        """Keep a result, in place of an earlier one of its name; returns what is kept.
+
+        A failure takes no finished result's place.
 
         What another run has added to the file meanwhile stays, and is known from now on.
         """
@@ -106,6 +108,9 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.path.with_name(f".{self.path.name}.lock")):
             self.by_name = {one["member"]: one for one in read_results(self.path)}
+            known = self.by_name.get(result["member"])
+            if known is not None and known["outcome"] == "done" != result["outcome"]:
+                return known
             self.by_name[result["member"]] = result
             lines = [json.dumps(one, sort_keys=True) for one in self.by_name.values()]
             write_text(self.path, "\n".join(lines) + "\n")

@@ -31,12 +31,13 @@ from mor.experiment.pace import measure_paces
 from mor.experiment.page import write_report
 from mor.experiment.results import Result, Results
 from mor.files import only_one, read_json, write_text
-from mor.log import human_count, logger
+from mor.log import finite, human_count, logger
 from mor.model.cost import count_params
-from mor.ops.device import describe_machine
+from mor.ops.device import describe_machine, pick_device
 from mor.report import require_report_extra
 from mor.train.config import load_recipe
 from mor.train.metrics import read_metrics
+from mor.train.trainer import DIVERGED
 
 CURVE_POINTS = 60
 
@@ -152,7 +153,7 @@ class _Run:
         for bench in self.experiment.bench:
             if not _is_named(bench.name, self.config.only):
                 continue
-            if self._is_kept(bench.name):
+            if self._is_kept(bench.name, args=list(bench.args)):
                 self.num_kept += 1
                 continue
             about = {"member": bench.name, "row": "bench", "args": list(bench.args)}
@@ -173,17 +174,26 @@ class _Run:
             if not _is_named(member.name, self.config.only):
                 continue
             if self.experiment.sweep and self.rates.get((member.size, member.model)) is None:
-                self._fail(member.about, "every rate of its sweep failed")
+                if self._is_kept(member.name):
+                    self.num_kept += 1
+                else:
+                    self._fail(member.about, "its sweep is not whole; the same command goes on")
                 continue
             self._member(member, data)
 
     def _sweep(self, data: PreparedData, model: Entry, size: Entry) -> float | None:
-        """Return the rate with the least held-out loss; None without a sweep or when all fail."""
+        """Return the rate with the least held-out loss.
+
+        None without a sweep, when all diverge, or when one came to no result for another reason:
+        it would be the best another day, and the members of this day in its way.
+        """
         losses = {}
         for member in sweep_members(self.experiment, data, model, size):
             result = self._member(member, data)
             if result is not None:
                 losses[member.recipe.train.lr] = result["heldout_loss"]
+            elif DIVERGED not in self.failed[member.name]:
+                return None
         if not losses:
             return None
         best = min(losses, key=lambda lr: losses[lr])
@@ -197,15 +207,27 @@ class _Run:
         """Return tokens a second, measured for all models of a size in turn, once."""
         if (size.name, model.name) not in self.paces:
             name = f"pace_{size.name}" if size.name else "pace"
-            kept = self.results.by_name.get(name)
-            if kept is None:
+            kept = self.results.by_name.get(name, {})
+            about = {"data_sha256": data.manifest.corpus_sha256}
+            names = {one.name for one in self.experiment.models}
+            is_theirs = (
+                kept.get("tokens_per_s", {}).keys() == names and kept.items() >= about.items()
+            )
+            if not is_theirs:
                 recipes = {
                     one.name: self.experiment.recipe(one, size, budget_tokens=1)
                     for one in self.experiment.models
                 }
                 paces = measure_paces(recipes, data)
                 kept = self.results.add(
-                    {**self._head(), "member": name, "row": "pace", "outcome": "done", **paces}
+                    {
+                        **self._head(),
+                        **about,
+                        "member": name,
+                        "row": "pace",
+                        "outcome": "done",
+                        **paces,
+                    }
                 )
             self.paces |= {
                 (size.name, one): kept["tokens_per_s"][one] for one in kept["tokens_per_s"]
@@ -218,8 +240,9 @@ class _Run:
         only = self.config.only
         return not only or any(name.startswith(one) or one.startswith(name) for one in only)
 
-    def _is_kept(self, name: str) -> bool:
-        return self.results.by_name.get(name, {}).get("outcome") == "done"
+    def _is_kept(self, name: str, **about: Any) -> bool:
+        kept = self.results.by_name.get(name, {})
+        return kept.get("outcome") == "done" and all(kept.get(k) == v for k, v in about.items())
 
     def _member(self, member: Member, data: PreparedData) -> Result | None:
         """Return a member's result, run if need be; None when it failed."""
@@ -243,7 +266,7 @@ class _Run:
         except MemberFailed as error:
             return self._fail(about, str(error))
         self.num_run += 1
-        return self.results.add({**self._head(), **about, "outcome": "done", **_finite(outcome)})
+        return self.results.add({**self._head(), **about, "outcome": "done", **finite(outcome)})
 
     def _fail(self, about: dict[str, Any], why: str) -> None:
         self.failed[about["member"]] = why
@@ -268,16 +291,15 @@ class _Run:
             raise ValueError(
                 f"{folder} is a training of other settings; remove it, or give another --out"
             )
-        if not (folder / "summary.json").is_file():
-            about = f"{member.label}, member {member.name} of {self.experiment.name}"
-            write_text(recipe, recipe_toml(member.recipe, about=about))
-            command = ["train", str(recipe), "--data", str(data.folder), "--out", str(folder)]
-            if (folder / "run.json").is_file():
-                command.append("--resume")
-            run_mor(command)
+        about = f"{member.label}, member {member.name} of {self.experiment.name}"
+        write_text(recipe, recipe_toml(member.recipe, about=about))
+        command = ["train", str(recipe), "--data", str(data.folder), "--out", str(folder)]
+        if (folder / "run.json").is_file():  # a finished one too: it is held to its data
+            command.append("--resume")
+        run_mor(command)
         summary = read_json(folder / "summary.json")
         try:
-            model = load_model(folder / "model")
+            model = load_model(folder / "model", device=pick_device(member.recipe.train.device))
             start_s = time.monotonic()
             measured = evaluate(
                 model,
@@ -336,20 +358,11 @@ class _Run:
 
 
 def curve(lines: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """Return [tokens, training loss] of at most CURVE_POINTS stretches, losses averaged."""
+    """Return [tokens, training loss, FLOPs] of CURVE_POINTS stretches at most, losses averaged."""
     size = -(-len(lines) // CURVE_POINTS) if lines else 1
     points = []
     for first in range(0, len(lines), size):
         part = lines[first : first + size]
-        points.append([part[-1]["tokens"], round(sum(x["loss"] for x in part) / len(part), 4)])
+        loss = round(sum(x["loss"] for x in part) / len(part), 4)
+        points.append([part[-1]["tokens"], loss, part[-1]["train_flops"]])
     return points
-
-
-def _finite(value: Any) -> Any:
-    """Turn numbers that JSON cannot hold into None."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    is_number = isinstance(value, float) and abs(value) < float("inf")
-    return value if is_number or not isinstance(value, float) else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mor.experiment.members import SWEEP
 from mor.experiment.results import Result
-from mor.experiment.stats import Difference, difference, spread
+from mor.experiment.stats import Difference, difference, seed_noise, spread
 from mor.log import human_bytes, human_count
 from mor.train.config import with_defaults
 
@@ -16,6 +16,11 @@ DEPTH_TOLERANCE = 0.02
 """mean depths that differ by less are equal"""
 SIZE_TOLERANCE = 0.05
 """numbers of parameters that differ by less are equal"""
+OWN_SETTINGS = {
+    "lr", "seed", "router_seed", "budget_tokens", "budget_flops", "compile", "micro_batch_tokens",
+    "recompute", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
+}  # fmt: skip
+"""what each row may have its own of: rate and budget, and what changes rounding at most"""
 BUDGET_WORDS = {
     "same_flops": "the same training FLOPs",
     "same_tokens": "the same tokens",
@@ -31,19 +36,21 @@ class Row(NamedTuple):
     label: str
     kind: str
     results: list[Result]
+    at_edge: bool = False
+    """its rate is the lowest or highest of its sweep, so a better one may lie beyond"""
 
     def mean(self, field: str) -> float:
         return fmean(result[field] for result in self.results)
 
     @property
+    def by_seed(self) -> dict[int, list[float]]:
+        """Losses by row of text of each seed."""
+        return {result["seed"]: result["row_loss"] for result in self.results}
+
+    @property
     def wanted_depth(self) -> float:
         """Mean depth that the capacities ask for."""
         return sum(self.results[0]["recipe"]["model"]["capacity"])
-
-    @property
-    def shallow_share(self) -> float:
-        """Share of the steps that had one recursion alone."""
-        return self.results[0]["recipe"].get("train", {}).get("shallow_share", 0.0)
 
     @property
     def is_at_depth(self) -> bool:
@@ -57,6 +64,8 @@ class Table(NamedTuple):
     kind: str
     size: str
     rows: list[Row]
+    experiment: list[list[Row]]
+    """rows of all tables of the experiment"""
 
     @property
     def title(self) -> str:
@@ -67,69 +76,104 @@ class Table(NamedTuple):
         """Return the first row of a kind."""
         return next((row for row in self.rows if row.kind == kind), None)
 
-    @property
-    def twin(self) -> Row | None:
-        """The vanilla model that the others are compared with: the largest, where there are two."""
+    def twin_of(self, ours: Row) -> Row | None:
+        """Return the vanilla model that a row is compared with.
+
+        The largest of those that were trained alike, or of all where none was.
+        """
         found = [row for row in self.rows if row.kind == "vanilla"]
-        return max(found, key=lambda row: row.mean("params_nonembedding"), default=None)
+        alike = [row for row in found if not other_training(row, ours)]
+        return max(alike or found, key=lambda row: row.mean("params_nonembedding"), default=None)
 
     def plain_of_size(self, ours: Row) -> Row | None:
         """Return a vanilla model of as many parameters as a row, which spends all on tokens."""
         size = ours.mean("params_nonembedding")
-        for row in self.rows:
-            share = row.mean("params_nonembedding") / size
-            if row.kind == "vanilla" and abs(share - 1) <= SIZE_TOLERANCE:
-                return row
-        return None
+        found = [
+            row
+            for row in self.rows
+            if row.kind == "vanilla"
+            and abs(row.mean("params_nonembedding") / size - 1) <= SIZE_TOLERANCE
+        ]
+        return min(found, key=lambda row: len(other_training(row, ours)), default=None)
 
     def control(self, ours: Row, kind: str) -> Row | None:
         """Return the row of a kind that differs from another in the fewest settings."""
         found = [row for row in self.rows if row.kind == kind]
-        return min(found, key=lambda row: _num_other_settings(row, ours), default=None)
+        return min(found, key=lambda row: len(other_settings(row, ours)), default=None)
 
-    def row(self, model: str) -> Row | None:
-        return next((row for row in self.rows if row.model == model), None)
+    def compare(self, ours: Row | None, other: Row | None) -> Difference | None:
+        """Return the difference of two rows over the seeds that both have; None without one.
+
+        How much a seed moves a row is estimated over all rows of the experiment that have these.
+        """
+        if ours is None or other is None or ours.model == other.model:
+            return None
+        seeds = sorted(ours.by_seed.keys() & other.by_seed.keys())
+        if not seeds:
+            return None
+        noise = None
+        if len(seeds) > 1:
+            noise = seed_noise(
+                [
+                    [
+                        [fmean(row.by_seed[seed]) for seed in seeds]
+                        for row in rows
+                        if row.by_seed.keys() >= set(seeds)
+                    ]
+                    for rows in self.experiment
+                ]
+            )
+        a, b = ([row.by_seed[seed] for seed in seeds] for row in (ours, other))
+        return difference(a, b, noise)
 
 
-def _num_other_settings(row: Row, other: Row) -> int:
-    """Count the settings of model and training in which two rows differ."""
-    mine, theirs = (with_defaults(one.results[0]["recipe"]) for one in (row, other))
-    return sum(
-        mine[table].get(name) != theirs[table].get(name)
-        for table in ("model", "train")
-        for name in {*mine[table], *theirs[table]}
-    )
+def other_settings(row: Row, other: Row) -> list[str]:
+    """Return the settings of model and training in which two rows differ, but for rate and seed."""
+    return [*_differing(row, other, "model"), *other_training(row, other)]
+
+
+def other_training(row: Row, other: Row) -> list[str]:
+    """Return the settings of training in which two rows differ, but for budget, rate and pace."""
+    return _differing(row, other, "train")
+
+
+def _differing(row: Row, other: Row, table: str) -> list[str]:
+    mine, theirs = (with_defaults(one.results[0]["recipe"])[table] for one in (row, other))
+    found = (name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+    return sorted(name for name in found if name not in OWN_SETTINGS)
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
     """Group the finished trainings, in the order in which they stand."""
+    swept: dict[tuple[str, str], set[float]] = {}
+    for result in results:
+        if result.get("budget") == SWEEP and result["outcome"] == "done":
+            swept.setdefault((result["model"], result["size"]), set()).add(result["lr"])
+
+    def at_edge(name: str, some: list[Result]) -> bool:
+        lrs = swept.get((name, some[0]["size"]), set())
+        return len(lrs) > 1 and some[0]["lr"] in (min(lrs), max(lrs))
+
     grouped: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
     for result in results:
         if result["outcome"] != "done" or result.get("budget") in (None, SWEEP):
             continue
         place = (result["budget"], result["budget_kind"], result["size"])
         grouped.setdefault(place, {}).setdefault(result["model"], []).append(result)
-    return [
-        Table(
-            *place,
-            [
-                Row(name, some[0]["label"], some[0]["row"], sorted(some, key=lambda r: r["seed"]))
-                for name, some in models.items()
-            ],
-        )
+    rows = {
+        place: [
+            Row(
+                name,
+                some[0]["label"],
+                some[0]["row"],
+                sorted(some, key=lambda r: r["seed"]),
+                at_edge(name, some),
+            )
+            for name, some in models.items()
+        ]
         for place, models in grouped.items()
-    ]
-
-
-def compare(ours: Row | None, other: Row | None) -> Difference | None:
-    """Return the difference of two rows over the seeds that both have; None without one."""
-    if ours is None or other is None or ours.model == other.model:
-        return None
-    theirs = {result["seed"]: result["row_loss"] for result in other.results}
-    pairs = [(r["row_loss"], theirs[r["seed"]]) for r in ours.results if r["seed"] in theirs]
-    if not pairs:
-        return None
-    return difference([a for a, _ in pairs], [b for _, b in pairs])
+    }
+    return [Table(*place, some, list(rows.values())) for place, some in rows.items()]
 
 
 HEAD = (
@@ -140,7 +184,6 @@ HEAD = (
 
 def cells(table: Table) -> list[list[str]]:
     """Return a table's rows as text, under HEAD."""
-    vanilla = table.twin
     out = []
     for row in table.rows:
         leak = [r["top_k_loss"] - r["val_loss"] for r in row.results if "top_k_loss" in r]
@@ -153,9 +196,9 @@ def cells(table: Table) -> list[list[str]]:
                 human_count(row.mean("tokens")),
                 f"{row.mean('tokens_per_param'):.1f}",
                 human_count(row.mean("train_flops")),
-                f"{row.mean('lr'):g}",
+                f"{row.mean('lr'):g}{' (edge)' if row.at_edge else ''}",
                 spread([r["val_loss"] for r in row.results]),
-                told(compare(row, vanilla)),
+                told(table.compare(row, table.twin_of(row))),
                 f"{row.mean('mean_depth'):.2f}{off}",
                 f"{fmean(leak):+.4f}" if leak else "",
                 f"{row.mean('train_seconds'):.0f}",
@@ -167,7 +210,7 @@ def cells(table: Table) -> list[list[str]]:
 
 
 def told(gap: Difference | None) -> str:
-    """Return a difference with its interval over texts."""
+    """Return a difference with its interval."""
     return "" if gap is None else f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
 
 

@@ -55,6 +55,8 @@ class Batches(Protocol):
     def batch(self, first_sample: int, count: int) -> Batch: ...
 
 
+DIVERGED = "lower train.lr or look at the data there"
+"""what a run says at last whose loss is not finite"""
 SUMMARY = "summary.json"
 """written last: a run that has it is finished"""
 
@@ -440,7 +442,7 @@ def _bad_step(step: int, losses: dict[str, float], checkpoints: Checkpoints) -> 
     kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was due yet"
     return (
         f"step {step + 1}: loss is {losses['loss']}, router loss {losses['router_loss']}, "
-        f"gradient norm {losses['grad_norm']}; {kept}; lower train.lr or look at the data there"
+        f"gradient norm {losses['grad_norm']}; {kept}; {DIVERGED}"
     )
 
 

@@ -32,16 +32,18 @@ def test_shipped_experiments_load_and_open_with_their_purpose(path: Path):
         ("eval_tokens = 512", "evaltokens = 512", "'evaltokens'.*did you mean"),
         ("eval_tokens = 512", "eval_tokens = 0", "eval_tokens is 0; give 1 or more"),
         ("eval_tokens = 512", "eval_tokens = '5'", "eval_tokens is '5'; give a value of int"),
+        ('name = "same-flops"', 'name = "sweep"', "sweep is what results call something else"),
+        ("same_flops = 4e8", "same_flops = 4e8\nmodels = []", r"models is \[\]; give each once"),
         ("seeds = [0, 1]", "seeds = []", "seeds is .*; give at least one int"),
         ("seeds = [0, 1]", "seeds = [1, 1]", "give each once"),
         ("lrs = [2e-3, 4e-3]", "lrs = [0.0]", "sweep.lrs holds 0.0; give numbers above 0"),
         ("share = 0.5", "share = 1.5", "sweep.share is 1.5; give a share"),
         ("name = 'mor3'", "name = 'mor 3'", "name is 'mor 3'; give letters"),
         ("name = 'rec3'", "name = 'twin'", "'twin' stands twice in .*models"),
-        ("same_flops = 2e9", "same_flops = 0", "same_flops is 0; give a number above 0"),
-        ("same_flops = 2e9", "same_flops = 2e9\nsame_tokens = 9", "give exactly one of"),
-        ("same_flops = 2e9", "", "gives no amount; give exactly one of"),
-        ("same_flops = 2e9", "same_flops = 2e9\nmodels = ['mor4']", "model.*'mor4'"),
+        ("same_flops = 4e8", "same_flops = 0", "same_flops is 0; give a number above 0"),
+        ("same_flops = 4e8", "same_flops = 4e8\nsame_tokens = 9", "give exactly one of"),
+        ("same_flops = 4e8", "", "gives no amount; give exactly one of"),
+        ("same_flops = 4e8", "same_flops = 4e8\nmodels = ['mor4']", "model.*'mor4'"),
         ("router = 'random'", "router = 'fixed'", "no model of the kind random"),
         ("num_recursions = 3, router = 'random'", "num_recursions = 4", "model random3: "),
         ("hidden_size = 32", "hidden_sizes = 32", "'hidden_sizes'"),
@@ -82,13 +84,13 @@ def test_budgets_give_what_they_say(experiment: Path, tiny_data: Path):
         flops = training_flops_per_token(member.recipe.model, train.context)
         assert train.budget_tokens % step == 0
         if member.budget == "same-flops":
-            assert abs(train.budget_tokens * flops - 2e9) <= step * flops / 2
+            assert abs(train.budget_tokens * flops - 4e8) <= step * flops / 2
         if member.budget == "same-tokens":
             assert train.budget_tokens == 768
         if member.budget == "per-param":
             assert member.tokens_per_param == pytest.approx(0.1, rel=0.3)
         if member.budget == "same-time":
-            assert train.budget_tokens == 512
+            assert train.budget_tokens == 256
 
 
 def test_a_sweep_warms_capacities_up_in_its_share_of_the_steps(tmp_path: Path, tiny_data: Path):

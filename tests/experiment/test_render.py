@@ -123,7 +123,7 @@ def test_claims_are_told_from_results(kept: Path):
     assert find(rows, "cpu", "random").holds == "tie"
     assert find(rows, "cpu", "fixed depth").holds == "yes"
     tokens = find(rows, "Same tokens (cpu, mor3)")
-    assert tokens.holds == "no" and "FLOPs -25 %" in tokens.ours
+    assert tokens.holds == "one seed, higher" and "FLOPs -25 %" in tokens.ours
     assert find(rows, "Test-time depth (cpu").holds == "yes"
     assert "-0.0100" in find(rows, "Leak (cpu").ours
     assert find(rows, "Keys and values (cpu").ours.startswith("0.667")
@@ -161,7 +161,7 @@ def test_fixed_depth_that_had_not_the_same_training_gives_no_verdict(kept: Path)
         one = trained("mor3", 2.9, seed, "same-flops", "same_flops")
         results.add({**one, "recipe": one["recipe"] | late})
     row = find(claims(read_kept(kept)), "Same FLOPs (cpu", "fixed depth")
-    assert row.holds == "not like for like: only MoR began with one recursion"
+    assert row.holds == "not like for like: shallow_share"
     for seed in (0, 1):
         one = trained("rec3", 3.1, seed, "same-flops", "same_flops")
         about = {"member": f"same-flops_rec3-late_s{seed}", "model": "rec3-late"}
@@ -179,14 +179,16 @@ def test_rows_that_trained_in_other_types_say_so(kept: Path):
         results.add({**one, "machine": MACHINE | {"auto_dtype": "float32"}})
     row = find(claims(read_kept(kept)), "Same FLOPs (cpu", "fixed depth")
     assert row.ours.endswith("; trained in a type not kept and in float32")
+    assert row.holds == "not like for like: arithmetic"
 
 
 def test_a_row_gives_each_as_many_tokens_as_it_can_use(kept: Path):
     assert find(claims(read_kept(kept)), "As many tokens").holds == "not run: no result is kept"
     results = Results(kept / "tokens-cpu.jsonl")
-    for model, loss in {"twin": 3.0, "small": 2.8, "mor3": 2.9, "rec3": 3.1}.items():
-        one = trained(model, loss, 0, "all-text", "same_tokens")
-        results.add(one | {"experiment": "tokens-cpu"})
+    for seed in (0, 1):
+        for model, loss in {"twin": 3.0, "small": 2.8, "mor3": 2.9, "rec3": 3.1}.items():
+            one = trained(model, loss, seed, "all-text", "same_tokens")
+            results.add(one | {"experiment": "tokens-cpu"})
     rows = claims(read_kept(kept))
     assert find(rows, "As many tokens", "twin").holds == "yes"
     assert find(rows, "As many tokens", "of its own size").holds == "no"
@@ -196,8 +198,9 @@ def test_a_row_gives_each_as_many_tokens_as_it_can_use(kept: Path):
 
 def test_a_second_budget_of_equal_flops_goes_by_its_name(kept: Path):
     results = Results(kept / "claims-cpu.jsonl")
-    for model, loss in {"twin": 3.0, "mor3": 2.9}.items():
-        results.add(trained(model, loss, 0, "more-flops", "same_flops"))
+    for seed in (0, 1):
+        for model, loss in {"twin": 3.0, "mor3": 2.9}.items():
+            results.add(trained(model, loss, seed, "more-flops", "same_flops"))
     assert find(claims(read_kept(kept)), "more-flops (cpu, mor3)").holds == "yes"
 
 
@@ -205,6 +208,41 @@ def test_a_seed_on_the_other_side_makes_a_tie(kept: Path):
     results = Results(kept / "claims-cpu.jsonl")
     results.add(trained("mor3", 3.02, 1, "same-flops", "same_flops"))
     assert find(claims(read_kept(kept)), "Same FLOPs (cpu", "than its twin").holds == "tie"
+
+
+def test_the_twin_beside_a_row_was_trained_as_it_was(kept: Path):
+    """Muon moves a loss by more than recursions do, so its rows have a twin of their own."""
+    results = Results(kept / "claims-cpu.jsonl")
+    for seed in (0, 1):
+        for model, loss in {"mor3": 2.8, "twin": 2.7}.items():
+            one = trained(model, loss, seed, "same-flops", "same_flops")
+            about = {"member": f"same-flops_{model}-muon_s{seed}", "model": f"{model}-muon"}
+            recipe = one["recipe"] | {"train": {"optimizer": "muon"}}
+            results.add({**one, **about, "label": f"{model}, Muon", "recipe": recipe})
+    rows = claims(read_kept(kept))
+    muon = find(rows, "Same FLOPs (cpu, mor3, Muon)", "than its twin")
+    assert muon.command.endswith("same-flops_mor3-muon same-flops_twin-muon")
+    assert muon.holds == "no"
+    fixed = find(rows, "Same FLOPs (cpu, mor3, Muon)", "fixed depth")
+    assert fixed.holds == "not like for like: optimizer"
+
+
+def test_a_rate_at_the_edge_of_its_sweep_says_so(kept: Path):
+    assert "(edge)" not in rendered(Path("none.md"), read_kept(kept))
+    results = Results(kept / "claims-cpu.jsonl")
+    for lr in (5e-4, 1e-3):
+        one = trained("mor3", 3.5, 0, "sweep", "same_flops")
+        results.add({**one, "member": f"sweep_mor3_lr{lr:g}", "lr": lr})
+    assert rendered(Path("none.md"), read_kept(kept)).count("| 0.001 (edge) |") == 2
+
+
+def test_shared_keys_keep_what_the_first_recursion_made(kept: Path):
+    results = Results(kept / "claims-cpu.jsonl")
+    for seed in (0, 1):
+        one = trained("mor3", 2.9, seed, "same-flops", "same_flops")
+        model = one["recipe"]["model"] | {"kv_strategy": "shared"}
+        results.add({**one, "recipe": {"model": model}})
+    assert find(claims(read_kept(kept)), "Keys and values (cpu").ours.startswith("0.333")
 
 
 def test_starved_models_are_called_so(kept: Path):

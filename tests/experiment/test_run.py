@@ -92,7 +92,7 @@ def test_equal_members_of_two_budgets_are_trained_once(
     started: Started, tiny_data: Path, tmp_path: Path
 ):
     path = tmp_path / "exp.toml"
-    text = EXPERIMENT.replace("same_flops = 2e9", "same_tokens = 768")
+    text = EXPERIMENT.replace("same_flops = 4e8", "same_tokens = 768")
     path.write_text(text.partition("[[bench]]")[0])
     config = ExperimentConfig(
         data=tiny_data, out=tmp_path / "out", only=("same-flops_twin_s0", "same-tokens_twin_s0")
@@ -110,6 +110,7 @@ def test_a_failing_member_is_reported_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
+    some = ("same-flops_twin", "same-flops_rec3")
     run_here = runs.run_mor
 
     def fail_once(args: Sequence[str]) -> str:
@@ -118,16 +119,82 @@ def test_a_failing_member_is_reported_and_the_others_go_on(
         return run_here(args)
 
     monkeypatch.setattr(runs, "run_mor", fail_once)
-    result = go(only=("same-flops",))
+    result = go(only=some)
     assert result["failed"] == {"same-flops_rec3_s0": "exit code 1: the disk is full"}
     assert result["failure"] == (
         "1 members failed, the first is same-flops_rec3_s0: exit code 1: the disk is full"
     )
-    assert result["run"] == 8 + 7
+    assert result["run"] == 4 + 3
     assert "the disk is full" in (tmp_path / "out" / "report.html").read_text()
     monkeypatch.setattr(runs, "run_mor", run_here)
-    again = go(only=("same-flops",))
+    again = go(only=some)
     assert again["failed"] == {} and again["run"] == 1
+
+
+def test_a_failure_takes_no_finished_results_place(
+    started: Started,
+    go: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    """All rates of a sweep fail where only the final was kept: it stays as it was."""
+    go(only=("same-flops_twin_s0",))
+    file = tmp_path / "out" / "results.jsonl"
+    final = next(one for one in read_results(file) if one["member"] == "same-flops_twin_s0")
+    file.write_text(json.dumps(final, sort_keys=True) + "\n")
+
+    def fail(args: Sequence[str]) -> str:
+        raise MemberFailed("exit code 1: the disk is full")
+
+    monkeypatch.setattr(runs, "run_mor", fail)
+    result = go(only=("same-flops_twin",))
+    assert list(result["failed"]) == ["sweep_twin_lr0.002", "same-flops_twin_s1"]
+    assert (
+        result["failed"]["same-flops_twin_s1"] == "its sweep is not whole; the same command goes on"
+    )
+    kept = {one["member"]: one for one in read_results(file)}
+    assert kept["same-flops_twin_s0"] == final
+
+
+def test_a_rate_that_diverged_is_out_and_one_that_was_killed_is_tried_again(
+    started: Started, go: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    run_here, why = runs.run_mor, "exit code 2: step 1: loss is nan; " + runs.DIVERGED
+
+    def fail(args: Sequence[str]) -> str:
+        if "lr0.004" in args[1]:
+            raise MemberFailed(why)
+        return run_here(args)
+
+    monkeypatch.setattr(runs, "run_mor", fail)
+    result = go(only=("same-flops_twin_s0",))
+    assert list(result["failed"]) == ["sweep_twin_lr0.004"] and result["run"] == 2
+    why = "exit code -9: it said nothing"
+    result = go(only=("same-flops_mor3_s0",))
+    assert list(result["failed"]) == ["sweep_mor3_lr0.004", "same-flops_mor3_s0"]
+    monkeypatch.setattr(runs, "run_mor", run_here)
+    assert go(only=("same-flops_mor3_s0",))["run"] == 2
+
+
+def test_a_training_of_other_text_is_not_measured_on_this(
+    started: Started, go: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    go(only=("same-flops_twin_s0",))
+    for file in (tmp_path / "out" / "members").glob("*/run.json"):
+        run = json.loads(file.read_text())
+        file.write_text(json.dumps(run | {"data_sha256": "another"}))
+    (tmp_path / "out" / "results.jsonl").unlink()
+    with pytest.raises(ValueError, match="the data is not what the run in"):
+        go(only=("same-flops_twin_s0",))
+
+
+def test_a_benchmark_with_other_arguments_is_run_again(
+    started: Started, go: Callable[..., dict[str, Any]], experiment: Path
+):
+    go(only=("decode",))
+    experiment.write_text(experiment.read_text().replace("['decode']", "['decode', '--quick']"))
+    assert go(only=("decode",))["run"] == 1
+    assert go(only=("decode",))["kept"] == 1
 
 
 def test_a_member_goes_on_from_its_checkpoint(
@@ -286,7 +353,7 @@ def test_the_list_says_what_each_member_costs(experiment: Path, tiny_data: Path)
     some = ExperimentConfig(data=tiny_data, only=("same-tokens_twin_s0",))
     listed = list_members(experiment, some)
     names = [one["member"] for one in listed["members"]]
-    assert names == ["sweep_twin_lr0.001", "sweep_twin_lr0.003", "same-tokens_twin_s0"]
+    assert names == ["sweep_twin_lr0.002", "sweep_twin_lr0.004", "same-tokens_twin_s0"]
     assert listed["bench"] == []
 
 
@@ -296,7 +363,9 @@ def test_the_command_needs_a_recipe(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_curve_has_few_points_and_the_last_token():
-    lines = [{"tokens": 10 * (i + 1), "loss": float(i)} for i in range(150)]
+    lines = [
+        {"tokens": 10 * (i + 1), "loss": float(i), "train_flops": 5.0 * i * i} for i in range(150)
+    ]
     points = curve(lines)
-    assert len(points) <= runs.CURVE_POINTS and points[-1][0] == 1500
+    assert len(points) <= runs.CURVE_POINTS and points[-1] == [1500, 148.0, 5.0 * 149 * 149]
     assert curve([]) == []

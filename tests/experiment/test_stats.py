@@ -1,4 +1,4 @@
-"""Promises of comparisons: paired over texts, tie unless texts and every seed agree."""
+"""Promises of comparisons: paired over texts and seeds, a tie unless both leave no doubt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from mor.experiment.evaluate import class_of
 from mor.experiment.isoflop import _lowest
-from mor.experiment.stats import difference, spread
+from mor.experiment.stats import difference, seed_noise, spread
 
 
 def losses(shift: float, noise: float, seed: int) -> list[float]:
@@ -17,9 +17,43 @@ def losses(shift: float, noise: float, seed: int) -> list[float]:
 
 def test_a_small_gap_shows_where_texts_are_the_same():
     gap = difference([losses(-0.05, 0.02, 1)], [losses(0.0, 0.02, 2)])
-    assert gap.sign == -1 and gap.low < gap.mean < gap.high < 0
+    assert gap.side == -1 and gap.low < gap.mean < gap.high < 0
     assert gap.mean == pytest.approx(-0.05, abs=0.01)
-    assert difference([losses(0.05, 0.02, 1)], [losses(0.0, 0.02, 2)]).sign == 1
+    assert difference([losses(0.05, 0.02, 1)], [losses(0.0, 0.02, 2)]).side == 1
+
+
+def test_one_seed_gives_no_sign():
+    assert difference([losses(-0.5, 0.02, 1)], [losses(0.0, 0.02, 2)]).sign == 0
+
+
+def test_two_seeds_of_one_pair_say_little_and_more_models_say_more():
+    ours = [losses(-0.2, 0.01, 1), losses(-0.1, 0.01, 2)]
+    other = [losses(0.0, 0.01, 3), losses(0.0, 0.01, 4)]
+    assert difference(ours, other).sign == 0
+    noise = seed_noise([[[3.0 + m + 0.02 * s for s in (0, 1)] for m in range(9)]])
+    assert noise.freedom == 8 and noise.deviation == pytest.approx(0, abs=1e-12)
+    gap = difference(ours, other, noise)
+    assert gap.sign == -1 and gap.mean == pytest.approx(-0.15, abs=0.01)
+
+
+def test_the_noise_of_seeds_is_found_whatever_models_and_seeds_share():
+    draw = np.random.default_rng(0)
+    tables = [
+        (draw.normal(3, 1, (9, 1)) + draw.normal(0, 1, 2) + draw.normal(0, 0.02, (9, 2))).tolist()
+        for _ in range(200)
+    ]
+    noise = seed_noise(tables)
+    assert noise.freedom == 1600 and noise.deviation == pytest.approx(0.02, rel=0.06)
+    with pytest.raises(ValueError, match="says nothing of the noise"):
+        seed_noise([[[1.0], [2.0]]])
+
+
+def test_texts_next_to_each_other_count_as_one():
+    """Blocks of 8 rows that are the same tell no more than their number says."""
+    once = np.random.default_rng(5).normal(0.1, 1.0, 64)
+    wide = difference([list(np.repeat(once, 8))], [[0.0] * 512])
+    plain = difference([list(np.random.default_rng(5).normal(0.1, 1.0, 512))], [[0.0] * 512])
+    assert wide.high - wide.low > 2 * (plain.high - plain.low)
 
 
 def test_noise_is_a_tie():
@@ -30,7 +64,7 @@ def test_seeds_that_disagree_are_a_tie():
     gap = difference(
         [losses(-0.2, 0.01, 1), losses(0.05, 0.01, 2)], [losses(0, 0.01, 3), losses(0, 0.01, 4)]
     )
-    assert gap.high < 0 and gap.sign == 0
+    assert gap.sign == 0
     assert [round(one, 2) for one in gap.by_seed] == [-0.2, 0.05]
 
 
