@@ -24,6 +24,8 @@ from mor.config import check_choice
 from mor.log import print_json, setup_logging
 from mor.train.config import read_recipe, recipe_flags
 
+HELP = ("-h", "--help")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help") or args in [[group, "--help"] for group in GROUPS]:
+    if not args or args[0] in HELP or (args[0] in GROUPS and args[1:] in [[flag] for flag in HELP]):
         print(_overview(), flush=True)
         return 0
     if args[0] == "--version":
@@ -58,7 +60,7 @@ def _run(args: list[str]) -> int:
 
 def _with_recipe(command: str, args: list[str]) -> list[str]:
     """Put a recipe's fields as flags right behind it, before the user's own flags."""
-    if command not in ("train", "plan") or not args or {"-h", "--help"}.intersection(args):
+    if command not in ("train", "plan") or not args or set(HELP).intersection(args):
         return args
     if args[0].startswith("-"):
         raise ValueError(f"{args[0]} stands before the recipe; write mor {command} RECIPE [flags]")
@@ -115,9 +117,11 @@ def _report(error: BaseException) -> int:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Tell a check of ours from a ValueError that some library raised on a bug of ours."""
+    """Tell a check of ours from a ValueError that a library, or Python, raised on a bug of ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(mor.__file__).parent)
+    if not frames or not Path(frames[-1].filename).is_relative_to(Path(mor.__file__).parent):
+        return False
+    return (frames[-1].line or "raise").startswith("raise")  # or zip(.., strict=True) said it
 
 
 def _message(error: BaseException) -> str:

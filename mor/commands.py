@@ -45,7 +45,7 @@ class Demo:
     """folder for the run: report.html and one folder per model"""
     quick: bool = False
     """end within a minute; the numbers say little"""
-    input: tuple[Path, ...] = ()
+    input: tuple[str | Path, ...] = ()
     """own text instead of the Python standard library"""
     seed: int = 0
     """seed of weights, data order and the random router"""

@@ -283,6 +283,11 @@ class ModelConfig:
             f"router_aux router serves the router expert_choice, not {self.router}; use loss",
         )
         _require(
+            self.router_aux == "loss" or self.gating in ("weighted", "residual"),
+            f"router_aux router leaves top-k to what the gate teaches, gating {self.gating} has "
+            "none; use weighted or residual",
+        )
+        _require(
             self.router_balance == "loss" or self.router == "token_choice",
             f"router_balance bias serves the router token_choice, not {self.router}; use loss",
         )

@@ -130,9 +130,11 @@ ACTIVE_BOUNDS = (0.05, 0.95)
 
 
 def demo(
-    out: Path, *, quick: bool, inputs: Sequence[Path], seed: int, argv: Sequence[str]
+    out: Path, *, quick: bool, inputs: Sequence[str | Path], seed: int, argv: Sequence[str]
 ) -> dict[str, Any]:
     """Run the demo into an empty folder; returns `models`, `report` and `failure` (None: fine)."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; give a number from 0 to 2**63 - 1")
     require_report_extra()
     claim_folder(out, what="the demo")
     start_s = time.monotonic()
@@ -159,7 +161,7 @@ def demo(
     return {"models": rows, "report": str(report), "seconds": seconds, "failure": failure}
 
 
-def _prepare(folder: Path, size: Size, inputs: Sequence[Path]) -> PreparedData:
+def _prepare(folder: Path, size: Size, inputs: Sequence[str | Path]) -> PreparedData:
     prepare(
         PrepareConfig(
             out=folder,
@@ -194,6 +196,8 @@ def _train(member: Member, out: Path, data: PreparedData, size: Size, seed: int)
     code = subprocess.run(command, check=False).returncode
     if code == 130 or code < 0:
         raise KeyboardInterrupt
+    if code == 2:  # it has said why
+        raise ValueError(f"training {member.name} could not begin; see the line above")
     if code != 0:
         raise RuntimeError(f"training {member.name} ended with exit code {code}")
     summary = read_json(folder / "summary.json")

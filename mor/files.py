@@ -31,7 +31,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success it takes the name `path`, replacing a folder there."""
+    """Yield a temporary folder; on success it takes the name `path`, replacing a folder there.
+
+    A link keeps its place, what it points to is replaced.
+    Raises ValueError for a mount point, which nothing can be renamed to
+    """
+    path = path.resolve()
+    if path.is_mount():
+        raise ValueError(f"{path} is a mount point; give a folder inside it")
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -42,7 +49,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         if path.exists():
             os.replace(path, old)
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import linecache
 import os
 import subprocess
 import sys
@@ -147,6 +148,26 @@ def test_exit_codes_tell_whose_fault_it_is(
 def test_a_value_error_of_ours_is_the_users(tmp_path: Path, capsys: Capsys) -> None:
     assert main(["eval", str(tmp_path), "--data", str(tmp_path), "--device", "cpu"]) == 2
     assert capsys.readouterr().err == f"mor: {tmp_path} has no config.json; give a model folder\n"
+
+
+def test_what_python_refuses_in_our_code_is_our_fault(
+    capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def run(args):\n    return list(zip([1], [], strict=True))\n"
+    file = Path(cli.__file__).parent / "nowhere.py"
+    found: dict[str, Any] = {}
+    exec(compile(code, str(file), "exec"), found)
+    lines = code.splitlines(keepends=True)
+    monkeypatch.setitem(linecache.cache, str(file), (len(code), None, lines, str(file)))
+    monkeypatch.setitem(cli.COMMANDS, "eval", (Eval, found["run"]))
+    assert main(["eval", "m", "--data", "d"]) == 1
+    assert "this is a fault of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_a_group_is_the_overview(flag: str, capsys: Capsys) -> None:
+    assert main(["bench", flag]) == 0
+    assert "bench decode" in capsys.readouterr().out
 
 
 def test_the_module_runs_as_the_command_does() -> None:

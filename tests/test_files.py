@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,42 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None
         (part / "new").write_text("2")
     assert names(tmp_path) == ["f"]
     assert names(tmp_path / "f") == ["new"]
+
+
+def test_a_link_keeps_its_place_and_a_mount_point_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with atomic_folder(tmp_path / "link") as part:
+        (part / "a").write_text("1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "a").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    with (
+        pytest.raises(ValueError, match="disk is a mount point; give a folder inside"),
+        atomic_folder(tmp_path / "disk"),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_renamed_gives_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with atomic_folder(tmp_path / "f") as part:
+        (part / "a").write_text("old")
+    rename = os.replace
+
+    def fail(source: Path, to: Path) -> None:
+        if ".part-" in str(source):
+            raise OSError(16, "busy")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="busy"), atomic_folder(tmp_path / "f") as part:
+        (part / "a").write_text("new")
+    assert (tmp_path / "f" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_json_goes_round_and_other_files_are_named(tmp_path: Path) -> None:

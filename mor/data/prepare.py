@@ -139,6 +139,8 @@ class _Job:
             logger.info("%d files left out for their suffix, such as %s", len(others), others[0])
         self.census, self.val_census = Census(), Census()
         self.corpus_sha256 = ""
+        self.val_hashes: set[int] = set()
+        self.in_both = 0
 
     def first_pass(self) -> Tokenizer:
         """Count and hash all documents; return the given tokenizer, or one learnt from them."""
@@ -161,6 +163,10 @@ class _Job:
             human_bytes(self.census.bytes + self.val_census.bytes),
             tokenizer.vocab_size,
         )
+        if self.in_both:
+            logger.warning(
+                "left out of the training text: %d documents that --val holds too", self.in_both
+            )
         if self.skipped or self.empty:
             logger.warning("left out: %d broken, %d empty", self.skipped, self.empty)
         return tokenizer
@@ -173,13 +179,18 @@ class _Job:
         first_hash = (own_shares + config.heldout_fraction) * 2**64
         # The low bits choose the sample, the high ones the split.
         sample_limit = min(1.0, SAMPLE_BYTES / text_bytes) * 2**32
-        sample_bytes = 0
+        sample_bytes, spare = 0, ""
+        self.val_hashes = {item.hash for item in self._val_items(hashlib.sha256())}
         for item in self._items(digest, self._on_skip, self._on_empty, on_read):
             self.census.add(item)
             is_chosen = item.hash >= first_hash and item.hash % 2**32 < sample_limit
             if is_chosen and sample_bytes + item.bytes <= SAMPLE_BYTES:
                 sample_bytes += item.bytes
                 yield item.text
+            elif not spare and not sample_bytes and item.hash >= first_hash:
+                spare = item.text[:SAMPLE_BYTES]
+        if not sample_bytes:  # few documents, or each larger than the sample
+            yield spare
         for item in self._val_items(digest, self._on_skip, self._on_empty, on_read):
             self.val_census.add(item)
         self.corpus_sha256 = digest.hexdigest()
@@ -260,7 +271,11 @@ class _Job:
     def _items(self, digest: hashlib._Hash, *reports: Callable[..., None]) -> Iterator[Item]:
         """Yield the input's documents up to limit_bytes."""
         taken_bytes = 0
+        self.in_both = 0
         for item in self._read(self.sources, digest, *reports):
+            if item.hash in self.val_hashes:
+                self.in_both += 1
+                continue
             yield item
             taken_bytes += item.bytes
             if self.config.limit_bytes is not None and taken_bytes >= self.config.limit_bytes:

@@ -124,7 +124,13 @@ def _find_files(path: Path, on_other: Callable[[Path], None]) -> list[Path]:
 
 def _walk(folder: Path, on_other: Callable[[Path], None]) -> list[Path]:
     files: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=_raise):
+    seen: set[Path] = set()  # links may lead back
+    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        place = Path(root).resolve()
+        if place in seen:
+            folders[:] = []
+            continue
+        seen.add(place)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(root, name)
@@ -259,10 +265,18 @@ def _json_documents(
     on_empty: Callable[[str], None],
 ) -> Iterator[Document]:
     offset = number = 0
-    for number, data in enumerate(_lines(path, chunks), start=1):
+    for number, data in enumerate(_lines(chunks), start=1):
         source, start = f"{path}:{number}", offset
+        if isinstance(data, int):
+            offset += data + 1
+            report(f"{source} is a line of more than {MAX_LINE_BYTES >> 20} MiB; cut it")
+            continue
         offset += len(data) + 1
-        _refuse_binary(path, data, start)
+        if number == 1:
+            _refuse_binary(path, data, start)
+        elif b"\0" in data:
+            report(f"{source}: a NUL byte at offset {start + data.index(0)}")
+            continue
         line = _decode(source, data, start, report)
         if line is None or not line.strip():
             continue
@@ -279,22 +293,28 @@ def _json_documents(
         on_empty(str(path))
 
 
-def _lines(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield lines without their newline; only \\n ends one."""
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | int]:
+    """Yield lines without their newline, of one that is too long its bytes; only \\n ends one."""
     parts: list[bytes] = []
     size = 0
+
+    def whole() -> bytes | int:
+        return size if size > MAX_LINE_BYTES else b"".join(parts)
+
     for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            yield b"".join([*parts, line])
+        *ended, rest = chunk.split(b"\n")
+        for line in ended:
+            size += len(line)
+            parts.append(line)
+            yield whole()
             parts, size = [], 0
         if rest:
-            parts.append(rest)
             size += len(rest)
+            parts.append(rest)
         if size > MAX_LINE_BYTES:
-            raise BadInput(f"{path} has a line of more than {MAX_LINE_BYTES >> 20} MiB; cut it")
-    if parts:
-        yield b"".join(parts)
+            parts = []
+    if size:
+        yield whole()
 
 
 def _json_problem(error: ValueError | RecursionError) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from mor.config import ModelConfig
 from mor.log import human_bytes, human_count
 from mor.model import cost
-from mor.train.config import TrainConfig, check_context
+from mor.train.config import Recipe, TrainConfig, check_context
 
 ELEMENT_BYTES = 2  # served weights, keys and values in bf16
 
@@ -18,6 +18,7 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
 
     flops_per_token is the forward pass at the recipe's context; training is three times that.
     """
+    Recipe(model=model, train=train)  # what training would refuse
     check_context(model, train)
     own = _costs(model, train)
     twin = {f"twin_{name}": value for name, value in _costs(model.twin(), train).items()}
@@ -26,6 +27,7 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     return {
         **own,
         **twin,
+        "vocab_size": model.vocab_size,
         "mean_depth": model.capacity_depth,
         "context": train.context,
         "steps": steps,
@@ -90,7 +92,8 @@ def print_plan(result: dict[str, Any]) -> None:
     console = Console(file=sys.stdout, highlight=False)
     console.print(table)
     console.print(
-        f"\nmean depth {result['mean_depth']:.2f}; context {result['context']}; "
+        f"\nvocabulary {result['vocab_size']}, where the recipe gives none that of the data in "
+        f"training; mean depth {result['mean_depth']:.2f}; context {result['context']}; "
         f"{result['steps']} steps, {human_count(result['tokens'])} tokens "
         f"({result['tokens_per_parameter']:.1f} per non-embedding parameter), "
         f"{human_count(result['train_flops'])}FLOPs. Weights, keys and values in bf16."

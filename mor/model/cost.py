@@ -386,7 +386,9 @@ def training_bytes(
     config: ModelConfig, *, micro_batch_tokens: int, element_bytes: int = 4
 ) -> float:
     """Estimate peak memory of training: fp32 weights, gradients, two Adam moments, activations."""
-    layers = config.num_own_layers + config.num_block_layers * sum(config.capacity)
+    # Capacities that warm up are 1 in the first step.
+    deep = config.num_recursions if config.capacity_warmup_steps else sum(config.capacity)
+    layers = config.num_own_layers + config.num_block_layers * deep
     activations = micro_batch_tokens * layers * saved_floats_per_token(config) * element_bytes
     stream = micro_batch_tokens * config.hidden_size * (4 + 2 * config.num_recursions)
     return 16 * count_params(config).unique + activations + stream * element_bytes

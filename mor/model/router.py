@@ -154,7 +154,10 @@ class Router(WideModule):
         if self.config.router != "threshold" or self.recursion == 0 or not len(score_N):
             return
         share = self.capacity(self.recursion) / self.capacity(self.recursion - 1)
-        target = -1.0 if share == 1 else torch.quantile(score_N.float(), 1 - share)
+        target: Tensor | float = -1.0
+        if share < 1:  # below the best score: the last ones may all be 1
+            best = torch.nextafter(score_N.float().max(), score_N.new_zeros((), dtype=torch.float))
+            target = torch.minimum(torch.quantile(score_N.float(), 1 - share), best)
         rate = 1.0 if is_first or share == 1 else self.config.router_threshold_rate
         self.threshold += rate * (target - self.threshold)
 

@@ -43,6 +43,8 @@ def linear_cross_entropy(
                 one otherwise; holds chunk_rows x V logits, and gradients of h and W
     """
     h_ND, weight_VD = _autocast(h_ND, weight_VD)
+    if not torch.is_grad_enabled():  # else the function works out what a parameter might want
+        h_ND, weight_VD = h_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(h_ND, weight_VD, label_N, chunk_rows)
 
 

@@ -129,14 +129,20 @@ def _quantiles(logit_N: Tensor) -> list[float]:
 
 
 def _threshold(score_N: Tensor, kept: int) -> float:
-    """Return a threshold that `kept` scores exceed: halfway to the next one below."""
+    """Return a threshold that `kept` scores exceed: halfway to the next one below.
+
+    Scores that are equal go on together: the threshold is just below them.
+    """
     score_N = score_N.sort(descending=True).values
     kept = min(kept, len(score_N))
     if kept == 0:
         return 1.0
     if kept == len(score_N):
         return -1.0  # everyone, also a token that scores lower than any here
-    return float((score_N[kept - 1] + score_N[kept]) / 2)
+    last, first_out = score_N[kept - 1], score_N[kept]
+    if last == first_out:
+        return float(torch.nextafter(last, last - 1))
+    return float((last + first_out) / 2)
 
 
 def _run(

@@ -113,7 +113,7 @@ def train(
         seed=config.seed,
         eos_token_id=data.manifest.eos_token_id,
     )
-    heldout = held_batches(data, "heldout", recipe)
+    heldout, val = (held_batches(data, split, recipe) for split in ("heldout", "val"))
     origin = {} if start is None else {"start": sha256_file(start / WEIGHTS)}
     if teacher is not None:
         origin |= {"teacher": sha256_file(teacher.folder / WEIGHTS)}
@@ -182,7 +182,8 @@ def train(
                     meter.reset()
                     log_s, log_step = now_s, done
                 if done % eval_every == 0 and done < num_steps:
-                    if start is not None and recipe.model.router == "expert_choice":
+                    is_deep = model.model.depth_limit == recipe.model.num_recursions
+                    if start is not None and recipe.model.router == "expert_choice" and is_deep:
                         set_thresholds(model, heldout, dtype=dtype)  # a conversion's let all pass
                     result = measure_loss(model, heldout, dtype=dtype)
                     line = {"heldout_loss": result.loss, "heldout_active": list(result.active)}
@@ -203,7 +204,7 @@ def train(
             checkpoints.close()
             metrics.close()
     state["peak_bytes"] = peak_memory_bytes(device)  # of training, before the last evaluation
-    return _finish(model, recipe, data, out, heldout, state, num_steps, dtype)
+    return _finish(model, recipe, data, out, heldout, val, state, num_steps, dtype)
 
 
 def new_model(recipe: Recipe, device: torch.device) -> MoR:
@@ -320,6 +321,7 @@ def _finish(
     data: PreparedData,
     out: Path,
     heldout: list[Batch],
+    val: list[Batch],
     state: dict[str, Any],
     num_steps: int,
     dtype: torch.dtype,
@@ -327,10 +329,9 @@ def _finish(
     """Set the thresholds, measure the validation text, write the model folder and the summary."""
     config = recipe.train
     calibration = set_thresholds(model, heldout, dtype=dtype)
-    batches = held_batches(data, "val", recipe)
-    result = measure_loss(model, batches, dtype=dtype)
-    val = data.split("val")
-    bits_per_byte = result.bits_per_byte(val.tokens / val.bytes)
+    result = measure_loss(model, val, dtype=dtype)
+    text = data.split("val")
+    bits_per_byte = result.bits_per_byte(text.tokens / text.bytes)
     tokens = num_steps * config.batch_tokens
     summary = TrainSummary(
         model=str(out / "model"),

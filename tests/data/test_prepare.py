@@ -379,3 +379,26 @@ def test_a_limit_does_not_thin_out_the_tokenizers_sample(
     monkeypatch.setattr(module, "SAMPLE_BYTES", 2000)
     prepare(PrepareConfig(input=(corpus,), out=tmp_path / "out", vocab_size=257, limit_bytes=1500))
     assert 1200 < len("".join(seen)) <= 1550
+
+
+def test_what_val_holds_too_is_not_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = write_corpus(tmp_path / "in.jsonl", 60)
+    val = write_corpus(tmp_path / "val.jsonl", 5, start=10)
+    with caplog.at_level(logging.WARNING):
+        prepare(PrepareConfig(input=(corpus,), val=(val,), out=tmp_path / "out", vocab_size=300))
+    held = texts_of(tmp_path / "out", "val")
+    trained = [t for name in ("train", "heldout") for t in texts_of(tmp_path / "out", name)]
+    assert len(held) == 5 and len(trained) == 55 and not set(held) & set(trained)
+    assert "left out of the training text: 5 documents that --val holds too" in caplog.text
+
+
+def test_documents_larger_than_the_sample_still_teach_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 40)
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text("".join(json.dumps({"text": "the " * 50 + str(n)}) + "\n" for n in range(9)))
+    manifest = prepare(PrepareConfig(input=(corpus,), out=tmp_path / "out", vocab_size=262))
+    assert manifest.vocab_size > 257

@@ -159,7 +159,7 @@ LONG = "".join(f"a fine line number {n}\n" for n in range(9000)).encode()
 ZST = COMPRESS[".zst"](LONG)
 BAD_INPUTS = {
     "binary": ("a.bin", b"ab\0c", "a.bin is binary: a NUL byte at offset 2"),
-    "binary jsonl": ("a.jsonl", b'{"text": "ok"}\n\0\n', "binary: a NUL byte at offset 15"),
+    "binary jsonl": ("a.jsonl", b'{"text": "ok"}\n\0\n', "a.jsonl:2: a NUL byte at offset 15"),
     "utf-8": ("a.txt", b"abc\xff", "invalid UTF-8 at byte offset 3"),
     "utf-8 jsonl": (
         "a.jsonl",
@@ -227,8 +227,35 @@ def test_an_unreadable_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_endless_json_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 20)
     file = write(tmp_path / "a.jsonl", b"x" * (3 << 20))
-    with pytest.raises(ValueError, match="has a line of more than 1 MiB"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1 is a line of more than 1 MiB"):
         read(file)
+
+
+def test_what_follows_a_broken_line_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 10)
+    lines = [b'{"text": "%d"}' % number for number in range(6)]
+    lines[2], lines[4] = b'{"text": "\0"}', b'{"text": "%s"}' % (b"x" * 5000)
+    file = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    skipped: list[str] = []
+    assert texts(file, skip_bad=True, on_skip=skipped.append) == ["0", "1", "3", "5"]
+    assert [problem.partition("a.jsonl:")[2] for problem in skipped] == [
+        "3: a NUL byte at offset 38",
+        "5 is a line of more than 0 MiB; cut it",
+    ]
+
+
+def test_linked_folders_are_read_and_a_loop_ends(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "b.txt", "b")
+    write(tmp_path / "in" / "a.txt", "a")
+    (tmp_path / "in" / "part").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    found = find_sources([tmp_path / "in"])
+    assert [Path(str(one)).relative_to(tmp_path / "in").as_posix() for one in found] == [
+        "a.txt",
+        "part/b.txt",
+    ]
 
 
 def test_missing_zstandard_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

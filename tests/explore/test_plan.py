@@ -53,6 +53,12 @@ def test_a_token_is_cheaper_and_the_twin_is_the_same_vanilla_model() -> None:
     assert result["steps"] == 61 and result["tokens"] == 61 * 16384
 
 
+def test_what_training_refuses_has_no_plan() -> None:
+    model = ModelConfig(num_recursions=2, router="token_choice")
+    with pytest.raises(ValueError, match="token_choice decides every depth at once"):
+        plan(model, TrainConfig(budget_tokens=1e6, shallow_share=0.5))
+
+
 def test_a_budget_of_flops_buys_the_mor_more_tokens_than_its_twin() -> None:
     train = TrainConfig(budget_flops=1e15, context=512, batch_tokens=16384)
     model = ModelConfig(**SMOLLM_360M, num_recursions=3, router="expert_choice")

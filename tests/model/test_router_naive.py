@@ -119,6 +119,12 @@ def test_the_threshold_router_trains_by_the_rule_that_it_serves_by():
     assert len(set(before.depth.flatten().tolist())) > 1
 
 
+def test_a_threshold_stays_below_scores_that_are_all_one():
+    router = small_model("threshold", "weighted").model.router(2)
+    router.after_step(torch.ones(64), is_first=True)
+    assert float(router.threshold) < 1
+
+
 def test_a_threshold_moves_towards_the_share_that_it_should_let_through():
     router = small_model("threshold", "weighted").model.router(2)  # 1/3 of 2/3: half go on
     scores = torch.linspace(0, 1, 101)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mor.ops.loss import (
     linear_cross_entropy,
@@ -53,6 +54,14 @@ def test_without_gradients_none_is_computed():
     only_h = h.clone().requires_grad_()
     linear_cross_entropy(only_h, weight, torch.tensor([0, 1, 2, 3])).backward()
     assert only_h.grad is not None
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_evaluation_costs_one_product_though_the_head_could_learn(off):
+    h, weight = torch.randn(4, 3), torch.nn.Parameter(torch.randn(5, 3))
+    with FlopCounterMode(display=False) as counter, off():
+        linear_cross_entropy(h, weight, torch.tensor([0, 1, 2, 3]))
+    assert counter.get_total_flops() == 2 * 4 * 3 * 5
 
 
 def test_loss_under_autocast_stays_close_to_fp32():

@@ -94,7 +94,8 @@ def test_the_random_router_keeps_its_rates_and_fixed_has_no_thresholds() -> None
         ([0.9, 0.7, 0.5, 0.3], 4, 4),
         ([0.9, 0.7, 0.5, 0.3], 9, 4),
         ([0.9, 0.7, 0.5, 0.3], 0, 0),
-        ([0.9, 0.5, 0.5, 0.3], 2, 1),  # equal scores cannot be told apart: both stay out
+        ([0.9, 0.5, 0.5, 0.3], 2, 3),  # equal scores cannot be told apart: both go on
+        ([1.0, 1.0, 1.0], 1, 3),  # a threshold of 1 would let nobody through, for good
         ([1.0, 1.0], 0, 0),
         ([], 3, 0),
     ],

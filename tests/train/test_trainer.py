@@ -243,6 +243,23 @@ def test_a_finished_run_leaves_model_calibration_and_summary(tiny_run: Path) -> 
     assert checkpoints == ["step-00000008", "step-00000012"]  # the last two of three
 
 
+def test_validation_text_that_is_too_short_is_said_before_training(
+    tiny_data: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = PreparedData.open(tiny_data)
+    whole = data.split
+
+    def short(name: str) -> Any:
+        if name == "val":
+            raise ValueError("split val has 9 tokens, fewer than context 32")
+        return whole(name)
+
+    monkeypatch.setattr(PreparedData, "split", lambda self, name: short(name))
+    with pytest.raises(ValueError, match="split val has 9 tokens"):
+        train(load_recipe(tiny_recipe), data=data, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_nan_is_named_and_the_last_good_checkpoint_stays(
     tiny_data: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
