@@ -150,7 +150,9 @@ def chat(
 ) -> dict[str, Any]:
     """Talk until the input ends; returns the turns."""
     assert engine.tokenizer is not None
-    template = ChatTemplate.load(folder, engine.tokenizer)
+    template = ChatTemplate.load(
+        folder, engine.tokenizer, bos_token_id=engine.model.config.bos_token_id
+    )
     if template.is_plain:
         logger.info("the model has no chat template: turns are written as User and Assistant")
     talk = Chat(engine, template, params, system=system, show_depth=show_depth, quiet=quiet)

@@ -23,6 +23,8 @@ PLAIN = (
 """For models that have no template."""
 
 Message = Mapping[str, Any]
+SIGN = re.compile("\ue000\\d+\ue001")
+"""what stands for a special token's characters in a message while a template renders"""
 
 
 class ChatTemplate:
@@ -40,8 +42,13 @@ class ChatTemplate:
         self._template = _compile(self.source)
 
     @classmethod
-    def load(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """Read `chat_template.jinja`, or the field `chat_template` of `tokenizer_config.json`."""
+    def load(
+        cls, folder: Path, tokenizer: Tokenizer, *, bos_token_id: int | None = None
+    ) -> ChatTemplate:
+        """Read `chat_template.jinja`, or the field `chat_template` of `tokenizer_config.json`.
+
+        bos_token_id  the model's first token, where no file names it
+        """
         config: dict[str, Any] = {}
         if (folder / "tokenizer_config.json").is_file():
             try:
@@ -57,6 +64,8 @@ class ChatTemplate:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         variables = {name: _text_of(config.get(name)) for name in names}
         variables["eos_token"] = variables["eos_token"] or tokenizer.eos_token
+        if not variables["bos_token"] and bos_token_id is not None:
+            variables["bos_token"] = tokenizer.decode([bos_token_id])
         return cls(source, tokenizer, variables=variables)
 
     @property
@@ -82,9 +91,8 @@ class ChatTemplate:
             if part in raw and self._special is not None and self._special.fullmatch(part):
                 ids.append(raw[part])
             elif part:
-                for sign, literal in hidden.items():
-                    part = part.replace(sign, literal)
-                ids += self.tokenizer.encode(part)
+                shown = SIGN.sub(lambda match: hidden.get(match.group(), match.group()), part)
+                ids += self.tokenizer.encode(shown)
         return ids
 
     def _render(
@@ -94,8 +102,6 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> tuple[str, dict[str, str]]:
         """Render with every special token inside a message replaced by a sign of its own."""
-        import jinja2
-
         hidden: dict[str, str] = {}
 
         def sign_of(match: re.Match[str]) -> str:
@@ -117,8 +123,9 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
             )
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template is a program of others, with errors of any kind
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the chat template refuses the conversation: {said}") from error
         return text, hidden
 
 
@@ -137,11 +144,28 @@ def _compile(source: str) -> Any:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _generation_extension()],
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """As transformers' filter."""
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment.filters["tojson"] = to_json
     own: dict[str, Any] = {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
@@ -151,6 +175,22 @@ def _compile(source: str) -> Any:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template is broken: {error}") from error
+
+
+def _generation_extension() -> Any:
+    """Return an extension that lets `{% generation %}` blocks of training templates pass."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation
 
 
 def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:

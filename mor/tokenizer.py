@@ -9,6 +9,7 @@ import codecs
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from mor.files import write_text
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "</s>", "<eos>", "<|end_of_text|>")
 MIN_VOCAB_SIZE = 257
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""a byte in a vocabulary that falls back to bytes"""
 
 
 class Tokenizer:
@@ -95,6 +98,20 @@ class Tokenizer:
         """Return the text of ids, special tokens by name; unknown ids are left out."""
         return self._raw.decode(list(ids), skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token stands for; part of a character for some, a special one's name."""
+        token = self._raw.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            alphabet = _byte_level_alphabet()
+            if token_id in self.special_ids or not all(char in alphabet for char in token):
+                return token.encode("utf-8")  # an added token is plain text
+            return bytes(alphabet[char] for char in token)
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:-1], 16)])
+        return token.replace("\u2581", " ").encode("utf-8")
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return one string per id; joined, they are `decode(ids)` (see StreamDecoder).
 
@@ -126,13 +143,14 @@ class StreamDecoder:
 
     _MAX_PENDING = 8
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, behind: Sequence[int] = ()) -> None:
+        """behind: the last ids before, already shown, whose presence keeps a first space."""
         self._raw = tokenizer._raw
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_byte_level = tokenizer._is_byte_level
-        self._bytes_of_char = _byte_level_alphabet() if self._is_byte_level else {}
-        self._window: list[int] = []
-        self._shown = 0  # tokens of the window whose text was given out
+        self._token_bytes = tokenizer.token_bytes
+        self._window = list(behind)
+        self._shown = len(self._window)  # tokens of the window whose text was given out
 
     def push(self, token_id: int) -> str:
         """Return the text that this id completes; "" inside a character."""
@@ -160,15 +178,6 @@ class StreamDecoder:
     def _unshown_text(self) -> str:
         shown = self._raw.decode(self._window[: self._shown], skip_special_tokens=False)
         return self._raw.decode(self._window, skip_special_tokens=False)[len(shown) :]
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        token = self._raw.id_to_token(token_id)
-        if token is None:
-            return b""
-        try:
-            return bytes(self._bytes_of_char[char] for char in token)
-        except KeyError:  # an added token is plain text
-            return token.encode("utf-8")
 
 
 def train_bpe(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:

@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
@@ -19,6 +20,11 @@ from mor.log import logger
 from mor.model.cost import kv_bytes
 from mor.ops.device import pick_device, pick_dtype
 
+COLOUR_SYSTEMS = {
+    "standard": ColorSystem.STANDARD,
+    "256": ColorSystem.EIGHT_BIT,
+    "truecolor": ColorSystem.TRUECOLOR,
+}
 DEPTH_COLOURS = ("grey62", "cyan", "yellow", "magenta", "red", "green")
 
 
@@ -148,8 +154,8 @@ class Printer:
     def _show(self, piece: str, style: Style | None) -> None:
         if self.quiet or not piece:
             return
-        if style is not None:
-            self.console.print(piece, end="", style=style)
-        else:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        system = COLOUR_SYSTEMS.get(self.console.color_system or "")
+        if style is not None and system is not None:  # rich would change tabs and :smile:
+            piece = style.render(piece, color_system=system)
+        sys.stdout.write(piece)
+        sys.stdout.flush()

@@ -147,3 +147,29 @@ def test_a_pipe_talks_and_json_tells_all_turns(
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
     assert main(["chat", str(tiny_run / "model"), "--max-tokens", "5", "--show-depth"]) == 0
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_templates_of_transformers_compile_and_errors_of_any_kind_are_one_line(
+    engine: Engine,
+) -> None:
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    source = (
+        "{% for m in messages %}{% generation %}{{ m | tojson(sort_keys=true, "
+        "separators=(',', ':')) }}{% endgeneration %}{% endfor %}"
+    )
+    template = ChatTemplate(source, tokenizer, variables={})
+    ids = template.encode([{"role": "user", "content": "a"}])
+    assert tokenizer.decode(ids) == '{"content":"a","role":"user"}'
+    broken = ChatTemplate("{{ messages[0].content + 1 }}", tokenizer, variables={})
+    with pytest.raises(ValueError, match="the chat template refuses the conversation"):
+        broken.encode([{"role": "user", "content": [1]}])
+
+
+def test_a_first_token_that_no_file_names_is_the_models(engine: Engine, tmp_path: Path) -> None:
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    template = ChatTemplate.load(tmp_path, tokenizer, bos_token_id=tokenizer.bos_token_id)
+    ids = template.encode([{"role": "user", "content": "a"}])
+    assert ids == [tokenizer.bos_token_id, *tokenizer.encode("a")]

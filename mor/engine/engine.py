@@ -192,7 +192,14 @@ class Engine:
             return self._step_captured(self.captured)
         self.runner.advance(batch)
         due = self.scheduler.collect(batch)
-        return self._update(due, self.runner.finish(due)) if due else []
+        if not due:
+            return []
+        try:
+            finished = self.runner.finish(due)
+        except BaseException:  # Ctrl-C: their rows are still theirs
+            self.scheduler.ready += due
+            raise
+        return self._update(due, finished)
 
     def _update(self, due: list[Flight], finished: Finished) -> list[StepOutput]:
         """Note depths, draw tokens, end what is done; a piece for every flight."""
@@ -255,6 +262,8 @@ class Engine:
             token = tokens[place]
             if token < 0:
                 request.error = "the logits are not finite; check the weights"
+                if request.params.constraint is not None:
+                    request.error = "its constraint allows no token that is not barred"
                 self._finish(request, "error", piece)
                 continue
             if not request.output_ids:
@@ -293,6 +302,10 @@ class Engine:
 
     def _finish(self, request: Request, reason: str, piece: StepOutput | None = None) -> None:
         self.scheduler.finish(request)
+        held = request.stops.flush()  # of an answer that did not end by itself
+        request.text += held
+        if piece is not None:
+            piece.text += held
         if self.captured is not None:
             self.captured.drop(request)
         request.finish_reason = reason
@@ -302,22 +315,33 @@ class Engine:
 
     def _tell_all(self, pieces: list[StepOutput]) -> None:
         if self.callbacks:
-            for piece in pieces:
-                self._tell(piece)
+            for piece in tuple(pieces):
+                pieces += self._tell(piece)
 
-    def _tell(self, piece: StepOutput) -> None:
-        """Hand a piece to whoever asked for it; a callback that raises ends its request."""
+    def _tell(self, piece: StepOutput) -> list[StepOutput]:
+        """Hand a piece to whoever asked for it; a callback that raises ends its request.
+
+        Returns the last pieces of the request's other answers then.
+        """
         callback = self.callbacks.get(piece.request_id)
         if callback is None:
-            return
+            return []
         try:
             callback(piece)
+            return []
         except Exception as error:
-            del self.callbacks[piece.request_id]
-            for answer in self.requests[piece.request_id]:
-                if answer.finish_reason is None:
-                    answer.error = f"the request's callback raised {type(error).__name__}: {error}"
-                    self._finish(answer, "error")
+            said = f"the request's callback raised {type(error).__name__}: {error}"
+        self.callbacks.pop(piece.request_id, None)
+        others = []
+        for answer in self.requests.get(piece.request_id, []):
+            if answer.finish_reason is not None:
+                continue
+            answer.error, last = said, piece
+            if answer.index != piece.index:
+                last = StepOutput(piece.request_id, answer.index)
+                others.append(last)
+            self._finish(answer, "error", last)
+        return others
 
     def result(self, request_id: str) -> RequestOutput:
         """Return a request as it stands."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from mor.engine.stops import StopChecker
 from mor.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+SHOWN_BEFORE = 8
+"""tokens of a prompt that the text of an answer is decoded behind"""
 
 
 class Intake:
@@ -55,6 +58,7 @@ class Intake:
                 context=self.max_model_len,
                 eos_id=eos,
                 tokenizer=self.tokenizer,
+                behind=ids[-SHOWN_BEFORE:],
             )
             self._check_pages(len(ids), stops.max_tokens, policy.max_recursions)
             row = SampleRow(
@@ -85,7 +89,10 @@ class Intake:
                 raise ValueError("the prompt is text, but there is no tokenizer; give token ids")
             bos = self.config.bos_token_id
             return [*([] if bos is None else [bos]), *self.tokenizer.encode(prompt)]
-        return list(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise ValueError("the prompt holds what is no token id; give integers") from error
 
     def _check_ids(self, ids: list[int]) -> None:
         vocab = self.config.vocab_size

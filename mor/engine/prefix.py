@@ -74,14 +74,15 @@ class PrefixCache:
         """Keep the next stretch of a running request; returns its entry, a known one if there is.
 
         counts   tokens of each table at the end of the stretch
-        Returns  None when the stretch before it has been dropped meanwhile
+        Returns  None when the stretch before it has been dropped meanwhile, or the same text took
+                 other depths in another batch (a score near its threshold): pages would not fit
         """
         if parent is not None and not parent.is_alive:
             return None
         key = policy if parent is None else id(parent), tuple(tokens)
         known = self.entries.get(key)
         if known is not None:
-            return known
+            return known if known.depths == bytes(depths) else None
         blocks = self.blocks
         before = [0] * len(counts) if parent is None else parent.counts
         pages = []

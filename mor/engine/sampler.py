@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mor.engine.constraint import Mask
 from mor.engine.params import SamplingParams
+from mor.log import logger
 from mor.ops.native.sampling import DRAW, Draws
 from mor.ops.select import hash_draw
 
@@ -248,7 +249,12 @@ def _chunks(rows: Sequence[int], logit_NV: Tensor) -> Iterator[list[int]]:
 def _constrain(score_MV: Tensor, rows: Sequence[SampleRow]) -> None:
     """Take tokens out that a row's grammar does not let come next."""
     for score_V, row in zip(score_MV, rows, strict=True):
-        bits = row.allowed()
+        try:
+            bits = row.allowed()
+        except Exception:  # its own request ends, the others of the batch go on
+            logger.exception("a constraint failed")
+            score_V.fill_(float("-inf"))
+            continue
         if bits is None:
             continue
         packed = np.frombuffer(bits, dtype=np.uint8)

@@ -7,6 +7,7 @@ tokens split it: the first to be complete does, and of those that end together t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from mor.engine.params import SamplingParams
@@ -41,10 +42,12 @@ class StopChecker:
         context: int,
         eos_id: int | None = None,
         tokenizer: Tokenizer | None = None,
+        behind: Sequence[int] = (),
     ) -> None:
         """Begin an answer.
 
         context    tokens of prompt and answer together, at most
+        behind     the prompt's last tokens, which tell whether a first space is one
         tokenizer  what tells the text; without one there is none
         Raises     ValueError when the prompt fills the context, or for stop strings without text
         """
@@ -66,7 +69,9 @@ class StopChecker:
         self.end_ids = [*params.stop_ids, *([] if self._eos_id is None else [self._eos_id])]
         self._stops = params.stop_strings
         self._shows_stop = params.include_stop_str_in_output
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self._decoder = None
+        if tokenizer is not None:
+            self._decoder = StreamDecoder(tokenizer, behind=behind)
         self._hidden_ids: frozenset[int] = frozenset()
         if tokenizer is not None and params.skip_special_tokens:
             self._hidden_ids = tokenizer.special_ids

@@ -7,6 +7,7 @@ which is as long as its answer; nobody else waits for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -69,6 +70,8 @@ class AsyncEngine:
 
         def add() -> None:
             try:
+                if self._is_closed:
+                    raise EngineFault("the engine is closed")
                 name = self._engine.add(prompt, params, request_id=request_id)
             except Exception as error:
                 _call(loop, _settle, added, error)
@@ -80,7 +83,7 @@ class AsyncEngine:
         try:
             name = await added
         except asyncio.CancelledError:
-            self._order(lambda: self._forget_reader(reader))
+            self._let_go(lambda: self._forget_reader(reader))
             raise
         left = (params or SamplingParams()).n
         try:
@@ -91,7 +94,7 @@ class AsyncEngine:
                 left -= piece.finish_reason is not None
                 yield piece
         finally:
-            self._order(lambda: self._forget(name))
+            self._let_go(lambda: self._forget(name))
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raise the ValueError with which `generate` would refuse a request; queues nothing."""
@@ -118,7 +121,34 @@ class AsyncEngine:
             raise EngineFault("the engine is closed")
         self._orders.put(order)
 
+    def _let_go(self, order: Callable[[], None]) -> None:
+        """Order what an engine that closes does anyway."""
+        if not self._is_closed:
+            self._orders.put(order)
+
     def _run(self) -> None:
+        """Work until told to end; should that fail too, nobody waits for what never comes."""
+        try:
+            self._work()
+        except BaseException as error:
+            logger.exception("the engine ended")
+            self._is_closed = True
+            fault = EngineFault(f"the engine ended: {type(error).__name__}: {error}")
+            for name, reader in list(self._readers.items()):
+                _call(reader.loop, reader.pieces.put_nowait, fault)
+                self._readers.pop(name)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    order = self._orders.get(block=False)
+                    if order is not None:
+                        with contextlib.suppress(Exception):
+                            order()  # whoever adds a request is told
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._is_closed
+
+    def _work(self) -> None:
         """Carry out orders and step while there is work, until told to end."""
         while True:
             try:
@@ -135,17 +165,21 @@ class AsyncEngine:
             except Exception as error:
                 logger.exception("a tick failed; its requests are lost")
                 fault = EngineFault(f"a tick failed: {type(error).__name__}: {error}")
-                self._engine.reset(str(fault))
-                self._fail(fault)
+                try:
+                    self._engine.reset(str(fault))
+                finally:
+                    self._fail(fault)
 
     def _deliver(self, pieces: list[StepOutput]) -> None:
         """Hand out a tick's pieces with one call into each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, StepOutput]]] = {}
+        last = {p.request_id: p for p in pieces if p.finish_reason is not None}
+        for name, piece in last.items():  # one of a request's pieces alone has its result
+            if name in self._readers and self._engine.is_done(name):
+                piece.result = self._engine.result(name)
         for piece in pieces:
             reader = self._readers.get(piece.request_id)
             if reader is not None and (reader.wants_all or piece.finish_reason is not None):
-                if piece.finish_reason is not None and self._engine.is_done(piece.request_id):
-                    piece.result = self._engine.result(piece.request_id)
                 by_loop.setdefault(reader.loop, []).append((reader, piece))
         for loop, handed in by_loop.items():
             _call(loop, _put_all, handed)
@@ -190,4 +224,5 @@ def _settle(future: asyncio.Future[str], result: str | Exception) -> None:
 def _call(loop: asyncio.AbstractEventLoop, what: Callable[..., object], *args: object) -> None:
     """Call in an event loop, unless that has ended."""
     if not loop.is_closed():
-        loop.call_soon_threadsafe(what, *args)
+        with contextlib.suppress(RuntimeError):  # it closed just now
+            loop.call_soon_threadsafe(what, *args)

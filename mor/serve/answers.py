@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from mor.serve.grammar import Grammars
 
 
+MOST_STOPS, LONGEST_STOP = 64, 1024
+"""of a request: every token of every answer is searched for them"""
+
+
 class ApiError(Exception):
     """An error with a status and OpenAI's words for it."""
 
@@ -79,6 +83,8 @@ class Service:
         self.depth_points = depth_points
         self.bos_token_id, self.max_model_len = bos_token_id, max_model_len
         self.eos_token_id = eos_token_id
+        self.num_held = 0
+        """answers that are asked for and not done with"""
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -87,9 +93,6 @@ class Service:
 
         ends = [self.tokenizer.eos_token_id]
         return Grammars(self.tokenizer, ends if self.eos_token_id is None else [self.eos_token_id])
-
-    def token_text(self, token: int) -> str:
-        return self.tokenizer.decode([token])
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.config.served_model_name:
@@ -100,15 +103,19 @@ class Service:
                 code="model_not_found",
             )
 
-    def check_room(self, count: int) -> None:
-        """Refuse what neither runs nor waits within bounds."""
+    def take_room(self, count: int) -> None:
+        """Count so many answers until `give_room`; refuse what goes beyond the bounds."""
         most = self.config.max_num_seqs + self.config.max_queue
         if count > most:
             raise ApiError(400, f"{count} answers are asked for; this server holds {most} at most")
-        if self.engine.num_open + count > most:
+        if self.num_held + count > most:
             self.metrics.refused.inc()
             said = "the queue is full; try again later"
             raise ApiError(429, said, kind="rate_limit_error", code="queue_full")
+        self.num_held += count
+
+    def give_room(self, count: int) -> None:
+        self.num_held -= count
 
     def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """Return a prompt's ids; a text begins with the first token, as in `mor generate`."""
@@ -120,16 +127,20 @@ class Service:
     def template_ids(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[int]:
         """Return a conversation's ids; ApiError for one that the template refuses."""
         try:
-            return self.template.encode(
+            ids = self.template.encode(
                 [message.plain() for message in messages],
                 tools=[tool.model_dump(exclude_none=True) for tool in tools],
             )
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+        # The plain template names no first token; others write theirs.
+        is_bare = self.template.is_plain and self.bos_token_id is not None
+        return [self.bos_token_id, *ids] if is_bare else ids  # pyrefly: ignore
 
     def loaded_depth(self) -> float | None:
         """Return the mean depth that the queue leaves a new request; None for the model's own."""
-        floor, over = self.config.load_aware_depth, self.engine.num_open - self.config.max_num_seqs
+        floor = self.config.load_aware_depth
+        over = self.num_held - 1 - self.config.max_num_seqs
         if not floor or over <= 0 or floor >= self.trained_depth:
             return None
         pressure = min(1.0, over / max(1, self.config.max_queue))
@@ -145,6 +156,18 @@ class Service:
         try:
             form = body.response_format
             schema = None if form is None else form.schema_asked()
+            if (schema is not None or "constraint" in more) and (
+                body.min_tokens or body.ignore_eos
+            ):
+                raise ValueError(
+                    "min_tokens and ignore_eos go on where a grammar has ended; leave them out, or "
+                    "response_format and the forced call"
+                )
+            stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+            if len(stops) > MOST_STOPS or any(len(one) > LONGEST_STOP for one in stops):
+                raise ValueError(
+                    f"stop takes {MOST_STOPS} texts of {LONGEST_STOP} characters at most"
+                )
             if schema is not None and "constraint" not in more:
                 more["constraint"] = self.grammars.of_schema(schema)
             return body.params(self.depth_points, **more)
@@ -164,9 +187,17 @@ class Service:
     ) -> AsyncIterator[StepOutput]:
         """Yield a request's pieces within its deadline, and count what came of it."""
         found = self.engine.generate(ids, params, request_id=request_id, only_last=only_last)
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + self.config.request_timeout_s
         try:
-            async with asyncio.timeout(self.config.request_timeout_s), aclosing(found) as stream:
-                async for piece in stream:
+            async with aclosing(found) as stream:
+                # A wait for each piece: a reader that pauses is not cut in the middle of a send.
+                while True:
+                    try:
+                        left_s = max(0.0, ends_at - loop.time())
+                        piece = await asyncio.wait_for(anext(stream), left_s)
+                    except StopAsyncIteration:
+                        break
                     self.metrics.piece(request_id, piece)
                     if piece.error is not None:
                         raise ApiError(500, piece.error, kind="server_error", code="engine_error")
@@ -264,7 +295,12 @@ class Service:
                         found.put_nowait((place, piece))
             except ApiError as error:
                 found.put_nowait((place, error))
-            found.put_nowait((place, None))
+            except Exception as error:  # a fault of ours: nobody may wait for what never comes
+                logger.exception("an answer failed")
+                told = ApiError(500, f"the server failed ({type(error).__name__})")
+                found.put_nowait((place, told))
+            finally:
+                found.put_nowait((place, None))
 
         tasks = [asyncio.create_task(follow(place, ids)) for place, ids in enumerate(prompts)]
         try:

@@ -12,7 +12,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -62,7 +62,8 @@ def build_app(service: Service, config: ServeConfig, keys: Keys) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's client sends many of its own
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
     _errors(app)
     _routes(app, service, config)
@@ -100,20 +101,16 @@ def _errors(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code)
 
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> JSONResponse:
-        logger.exception("a handler failed")
-        told = ApiError(500, "the server failed on this request", kind="server_error")
-        return JSONResponse(told.body, 500)
-
 
 def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     name = config.served_model_name
     completions, chats = Completions(service), Chats(service)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> JSONResponse:
+        if service.engine.is_alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "the engine has ended"}, 503)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
@@ -142,9 +139,10 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         if body.messages:
-            ids = service.template_ids(body.messages, body.tools or ())
+            tools = body.tools or ()
+            ids = await asyncio.to_thread(service.template_ids, body.messages, tools)
         elif body.prompt is not None:
-            ids = service.prompt_ids(body.prompt)
+            ids = await asyncio.to_thread(service.prompt_ids, body.prompt)
         else:
             raise ApiError(400, "give prompt or messages")
         return {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}
@@ -157,26 +155,42 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
             raise ApiError(400, f"tokens: {outside[0]} is no token; ids go from 0 to {last}")
         return {"prompt": service.tokenizer.decode(body.tokens)}
 
+    async def answer(
+        request: Request, body: Any, count: int, endpoint: Any, request_id: str
+    ) -> Response:
+        """Answer whole or as a stream; its room is taken until it is done with.
+
+        endpoint  Completions or Chats, whose bodies and ids go together
+        """
+        service.take_room(count)
+        is_kept = False
+        try:
+            # In a thread: a long text or a template must not keep others waiting.
+            prompts = await asyncio.to_thread(endpoint.ids, body)
+            if not body.stream:
+                work = endpoint.whole(body, prompts, request_id)
+                return await _while_connected(request, work)
+            events = endpoint.stream(body, prompts, request_id)
+            is_kept = True
+            return EventStream(events, config, on_end=lambda: service.give_room(count))
+        finally:
+            if not is_kept:
+                service.give_room(count)
+
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Any:
         service.check_model(body.model)
         count = len(body.prompts())
         if not count:
             raise ApiError(400, "prompt is empty; give a text, token ids, or a list of them")
-        service.check_room(count * max(body.n, 1))
         request_id = f"cmpl-{request.state.request_id}"
-        if body.stream:
-            return EventStream(completions.stream(body, request_id), config)
-        return await _while_connected(request, completions.whole(body, request_id))
+        return await answer(request, body, count * max(body.n, 1), completions, request_id)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Any:
         service.check_model(body.model)
-        service.check_room(max(body.n, 1))
         request_id = f"chatcmpl-{request.state.request_id}"
-        if body.stream:
-            return EventStream(chats.stream(body, request_id), config)
-        return await _while_connected(request, chats.whole(body, request_id))
+        return await answer(request, body, max(body.n, 1), chats, request_id)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -223,9 +237,12 @@ async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) ->
 class EventStream(Response):
     """A response of server-sent events that ends with its client, and with one that stalls."""
 
-    def __init__(self, events: AsyncIterator[str], config: ServeConfig) -> None:
+    def __init__(
+        self, events: AsyncIterator[str], config: ServeConfig, *, on_end: Callable[[], None]
+    ) -> None:
+        """on_end: told once, when nothing more is sent."""
         super().__init__()
-        self.events, self.config = events, config
+        self.events, self.config, self.on_end = events, config, on_end
         self.sending_since = math.inf
         """since when a piece waits for its reader; infinite while none does"""
 
@@ -245,7 +262,10 @@ class EventStream(Response):
             for one in (watch, work, guard):
                 one.cancel()
             await asyncio.gather(watch, work, guard, return_exceptions=True)
-            await self.events.aclose()  # pyrefly: ignore
+            try:
+                await self.events.aclose()  # pyrefly: ignore
+            finally:
+                self.on_end()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
@@ -315,6 +335,13 @@ class Gate:
                 await self._refuse(ApiError(413, self._too_large), scope, receive, answer)
                 return
             await self.app(scope, limited, answer)
+        except Exception:
+            logger.exception("a handler failed")
+            if status:  # a part is out: the connection breaks, which tells its reader
+                status = 500
+                raise
+            told = ApiError(500, "the server failed on this request", kind="server_error")
+            await self._refuse(told, scope, receive, answer)
         finally:
             if scope["path"].startswith("/v1/") or status >= 400:
                 line = {

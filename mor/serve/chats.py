@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from mor.engine.outputs import StepOutput
@@ -18,11 +19,17 @@ class Chats:
     def __init__(self, service: Service) -> None:
         self.service, self.tokenizer = service, service.tokenizer
         self.tool_format = format_of(service.template.source)
+        mark = "" if self.tool_format is None else self.tool_format.start
+        self._is_mark_special = self.tokenizer.token_ids.get(mark) in self.tokenizer.special_ids
 
     def ids(self, body: ChatRequest) -> list[int]:
         """Return the prompt; where a tool has to be called, it ends with how a call begins."""
         ids = self.service.template_ids(body.messages, body.offered())
-        if body.forced() and self.tool_format is not None:
+        try:
+            forced = body.forced()
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        if forced and self.tool_format is not None:
             mark = self.tokenizer.token_ids.get(self.tool_format.lead)
             ids += self.tokenizer.encode(self.tool_format.lead) if mark is None else [mark]
         return ids
@@ -38,7 +45,7 @@ class Chats:
             forced = body.forced()
             if body.offered() and self.tool_format is None:
                 raise ValueError("tools: this model's chat template knows none")
-            if body.offered() and self.tool_format is not None and self.tool_format.is_special:
+            if body.offered() and self.tool_format is not None and self._is_mark_special:
                 update["skip_special_tokens"] = False
             if forced and self.tool_format is not None:
                 more["constraint"] = self.service.grammars.of_schema(
@@ -57,9 +64,9 @@ class Chats:
         most = 0 if body.parallel_tool_calls else 1
         return Scanner(self.tool_format, names, most=most, is_inside=bool(body.forced()))
 
-    async def whole(self, body: ChatRequest, request_id: str) -> dict[str, Any]:
+    async def whole(self, body: ChatRequest, ids: list[int], request_id: str) -> dict[str, Any]:
         params = self.params(body)
-        output = await self.service.whole(self.ids(body), params, request_id)
+        output = await self.service.whole(ids, params, request_id)
         choices = []
         for answer in output.outputs:
             message: dict[str, Any] = {"role": "assistant", "content": answer.text}
@@ -72,7 +79,7 @@ class Chats:
             told: dict[str, Any] = {
                 "index": answer.index,
                 "message": message,
-                "logprobs": chat_logprobs(answer.logprobs, self.service.token_text)
+                "logprobs": chat_logprobs(answer.logprobs, self.tokenizer.token_bytes)
                 if body.logprobs and answer.logprobs is not None
                 else None,
                 "finish_reason": finish_reason(answer.finish_reason, scanner),
@@ -84,10 +91,9 @@ class Chats:
         head = head_of("chat.completion", request_id, self.service.config.served_model_name)
         return {**head, "choices": choices, "usage": usage_of([output]) | self.service.told(params)}
 
-    def stream(self, body: ChatRequest, request_id: str) -> AsyncIterator[str]:
+    def stream(self, body: ChatRequest, ids: list[int], request_id: str) -> AsyncIterator[str]:
         """Return the events of a turn; ApiError before any for what cannot be served."""
         params = self.params(body)
-        ids = self.ids(body)
         self.service.check([ids], params)
         return self._stream_events(body, ids, params, request_id)
 
@@ -114,15 +120,17 @@ class Chats:
             told: dict[str, Any] = {
                 "index": piece.index,
                 "delta": delta,
-                "logprobs": chat_logprobs(piece.logprobs, self.service.token_text)
+                "logprobs": chat_logprobs(piece.logprobs, self.tokenizer.token_bytes)
                 if body.logprobs and piece.logprobs
                 else None,
                 "finish_reason": finish_reason(piece.finish_reason, scanner),
             }
             return told | (depths_of(piece) if body.return_depths else {})
 
-        async for one in self.service.events(body, [ids], params, request_id, head, choice):
-            yield one
+        found = self.service.events(body, [ids], params, request_id, head, choice)
+        async with aclosing(found) as events:  # pyrefly: ignore
+            async for one in events:
+                yield one
 
 
 def finish_reason(reason: str | None, scanner: Scanner | None) -> str | None:

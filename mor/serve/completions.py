@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from mor.engine.outputs import CompletionOutput, RequestOutput, StepOutput
 from mor.engine.params import SamplingParams
-from mor.serve.answers import Service, depths_of
-from mor.serve.protocol import CompletionRequest, completion_logprobs, head_of, usage_of
+from mor.serve.answers import ApiError, Service, depths_of
+from mor.serve.protocol import (
+    CompletionRequest,
+    Offsets,
+    completion_logprobs,
+    head_of,
+    usage_of,
+)
 
 
 class Completions:
@@ -17,7 +24,6 @@ class Completions:
 
     def __init__(self, service: Service) -> None:
         self.service, self.tokenizer = service, service.tokenizer
-        self.token_text = service.token_text
 
     def params(self, body: CompletionRequest) -> SamplingParams:
         more: dict[str, Any] = {"max_tokens": body.max_tokens, "logprobs": body.logprobs}
@@ -25,8 +31,13 @@ class Completions:
             more["prompt_logprobs"] = body.logprobs
         return self.service.params(body, **more)
 
-    async def whole(self, body: CompletionRequest, request_id: str) -> dict[str, Any]:
-        prompts = [self.service.prompt_ids(prompt) for prompt in body.prompts()]
+    def ids(self, body: CompletionRequest) -> list[list[int]]:
+        """Return the ids of every prompt."""
+        return [self.service.prompt_ids(prompt) for prompt in body.prompts()]
+
+    async def whole(
+        self, body: CompletionRequest, prompts: Sequence[list[int]], request_id: str
+    ) -> dict[str, Any]:
         params = self.params(body)
         names = [f"{request_id}-{place}" for place in range(len(prompts))]
         tasks = [
@@ -68,36 +79,27 @@ class Completions:
     ) -> dict[str, Any] | None:
         if body.logprobs is None or answer.logprobs is None:
             return None
-        pieces = self.tokenizer.pieces(answer.token_ids)[: len(answer.logprobs)]
-        told = completion_logprobs(answer.logprobs, pieces, len(echoed), self.token_text)
+        special, none = self.tokenizer.special_ids, frozenset[int]()
+        hidden = special if body.skip_special_tokens else none
+        own = answer.token_ids[: len(answer.logprobs)]
+        bytes_of = self.tokenizer.token_bytes
         if not body.echo or output.prompt_logprobs is None:
-            return told
-        first = [place for place in output.prompt_logprobs if place is not None]
-        names = self.tokenizer.pieces(output.prompt_token_ids)
-        before = completion_logprobs(first, names[len(names) - len(first) :], 0, self.token_text)
-        head = names[: len(names) - len(first)]
-        return {
-            "tokens": [*head, *before["tokens"], *told["tokens"]],
-            "token_logprobs": [
-                *(None for _ in head),
-                *before["token_logprobs"],
-                *told["token_logprobs"],
-            ],
-            "top_logprobs": [
-                *(None for _ in head),
-                *before["top_logprobs"],
-                *told["top_logprobs"],
-            ],
-            "text_offset": [
-                *(0 for _ in head),
-                *(len("".join(head)) + at for at in before["text_offset"]),
-                *told["text_offset"],
-            ],
-        }
+            offsets = Offsets(len(echoed))
+            return completion_logprobs(answer.logprobs, own, offsets, bytes_of, hidden)
+        # A prompt of text begins with a token that it does not show.
+        offsets, in_prompt = Offsets(), special if isinstance(body.prompts()[0], str) else none
+        before = completion_logprobs(
+            output.prompt_logprobs, output.prompt_token_ids, offsets, bytes_of, in_prompt
+        )
+        told = completion_logprobs(answer.logprobs, own, offsets, bytes_of, hidden)
+        return {name: [*before[name], *told[name]] for name in told}
 
-    def stream(self, body: CompletionRequest, request_id: str) -> AsyncIterator[str]:
+    def stream(
+        self, body: CompletionRequest, prompts: Sequence[list[int]], request_id: str
+    ) -> AsyncIterator[str]:
         """Return the events of one prompt or several; ApiError before any for what cannot be."""
-        prompts = [self.service.prompt_ids(prompt) for prompt in body.prompts()]
+        if body.echo and body.logprobs is not None:
+            raise ApiError(400, "a stream has no logprobs of the prompt; leave out echo or stream")
         params = self.params(body)
         self.service.check(prompts, params)
         return self._stream_events(body, prompts, params, request_id)
@@ -111,20 +113,20 @@ class Completions:
     ) -> AsyncIterator[str]:
         """Yield events; a choice's index counts through all answers to all prompts."""
         head = head_of("text_completion", request_id, self.service.config.served_model_name)
-        offsets: dict[int, int] = {}
+        offsets: dict[int, Offsets] = {}
+        hidden = self.tokenizer.special_ids if body.skip_special_tokens else frozenset[int]()
 
         def choice(place: int, piece: StepOutput) -> dict[str, Any]:
             index = place * body.n + piece.index
             text, logprobs = piece.text, None
-            if body.echo and index not in offsets:
-                text = self._prompt_text(body, place, prompts[place])
-                offsets[index] = len(text)
-                text += piece.text
+            if index not in offsets:
+                echoed = self._prompt_text(body, place, prompts[place]) if body.echo else ""
+                offsets[index] = Offsets(len(echoed))
+                text = echoed + piece.text
             if body.logprobs is not None and piece.logprobs:
-                names = [self.token_text(p.token) for p in piece.logprobs]
-                at = offsets.get(index, 0)
-                logprobs = completion_logprobs(piece.logprobs, names, at, self.token_text)
-                offsets[index] = at + sum(map(len, names))
+                drawn, own = [p.token for p in piece.logprobs], offsets[index]
+                bytes_of = self.tokenizer.token_bytes
+                logprobs = completion_logprobs(piece.logprobs, drawn, own, bytes_of, hidden)
             told: dict[str, Any] = {
                 "index": index,
                 "text": text,
@@ -133,5 +135,7 @@ class Completions:
             }
             return told | (depths_of(piece) if body.return_depths else {})
 
-        async for one in self.service.events(body, prompts, params, request_id, head, choice):
-            yield one
+        found = self.service.events(body, prompts, params, request_id, head, choice)
+        async with aclosing(found) as events:  # pyrefly: ignore
+            async for one in events:
+                yield one

@@ -89,12 +89,12 @@ class Keys:
         if config.api_key_file is not None:
             if not config.api_key_file.is_file():
                 raise ValueError(f"{config.api_key_file} does not exist; give a file of keys")
-            lines = config.api_key_file.read_text(encoding="utf-8").split("\n")
+            lines = config.api_key_file.read_text(encoding="utf-8-sig").split("\n")
             found = [line.strip() for line in lines if line.strip()]
             if not found:
                 raise ValueError(f"{config.api_key_file} holds no key; write one a line")
         if os.environ.get(config.api_key_env):
-            found.append(os.environ[config.api_key_env])
+            found.append(os.environ[config.api_key_env].strip())
         self._hashes = [_known(key) for key in found]
 
     @property

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mor.engine.outputs import RequestOutput
 from mor.engine.params import SamplingParams
 from mor.engine.sampler import TokenLogprobs
 from mor.serve.tools import Tool, ToolFields
 
+BytesOf = Callable[[int], bytes]
+"""what a token stands for"""
 DepthPoints = Mapping[str, float | None]
 """mean depths by name; None for the model's thresholds as trained"""
 
@@ -45,6 +47,14 @@ class Common(BaseModel):
     some."""
 
     model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, data: Any) -> Any:
+        """OpenAI's schema and clients send null for what is not set."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
 
     model: str | None = None
     max_tokens: int | None = None
@@ -144,7 +154,13 @@ class ChatMessage(BaseModel):
         extra = self.model_extra or {}
         told |= {name: extra[name] for name in ("name", "tool_call_id") if extra.get(name)}
         if extra.get("tool_calls"):
+            if not isinstance(extra["tool_calls"], list):
+                raise ValueError("tool_calls is no list, so it holds no call of a function")
             told["tool_calls"] = [_plain_call(call) for call in extra["tool_calls"]]
+        try:
+            json.dumps(told, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a message holds half a surrogate pair, which is no text") from error
         return told
 
     def _text(self) -> str:
@@ -163,8 +179,10 @@ def _plain_call(call: Any) -> dict[str, Any]:
         function = call["function"]
         given = function.get("arguments", {})
         given = json.loads(given or "{}") if isinstance(given, str) else given
+        if not isinstance(given, dict):
+            raise TypeError("arguments are no object")
         return {**call, "function": {**function, "arguments": given}}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError("tool_calls holds what is no call of a function") from error
 
 
@@ -208,32 +226,70 @@ def head_of(kind: str, request_id: str, model: str) -> dict[str, Any]:
     return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
 
 
+def token_name(data: bytes) -> str:
+    """Return a token's text; of one that is part of a character its bytes, as OpenAI writes them.
+
+    So tokens that are no text each have a name of their own.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class Offsets:
+    """Where tokens begin in a text, in characters; one begun by a token before counts with that."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.at, self._open = at, b""
+
+    def push(self, data: bytes) -> int:
+        """Return where a token begins, and go on behind it."""
+        at, self._open = self.at, self._open + data
+        try:
+            self.at, self._open = self.at + len(self._open.decode("utf-8")), b""
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":
+                self.at, self._open = self.at + len(self._open.decode("utf-8", "replace")), b""
+        return at
+
+
 def completion_logprobs(
-    places: Sequence[TokenLogprobs], pieces: Sequence[str], offset: int, name: Any
+    places: Sequence[TokenLogprobs | None],
+    tokens: Sequence[int],
+    offsets: Offsets,
+    bytes_of: BytesOf,
+    hidden: Container[int],
 ) -> dict[str, Any]:
     """Return log-probabilities in the shape of /v1/completions.
 
-    pieces  text of each token; offset: where the first begins in the whole text
-    name    turns a token id into its text
+    places   of each token; None for one that nothing stands before
+    offsets  where the first token begins in the whole text; goes on behind the last
+    hidden   tokens that the text does not show
     """
-    offsets = []
-    for piece in pieces:
-        offsets.append(offset)
-        offset += len(piece)
+
+    def top_of(place: TokenLogprobs | None) -> dict[str, float] | None:
+        if place is None:
+            return None
+        found = {token_name(bytes_of(token)): lp for token, lp in place.top}
+        return {**found, token_name(bytes_of(place.token)): place.logprob}
+
     return {
-        "tokens": list(pieces),
-        "token_logprobs": [place.logprob for place in places],
-        "top_logprobs": [{name(token): lp for token, lp in place.top} for place in places],
-        "text_offset": offsets,
+        "tokens": [token_name(bytes_of(token)) for token in tokens],
+        "token_logprobs": [None if place is None else place.logprob for place in places],
+        "top_logprobs": [top_of(place) for place in places],
+        "text_offset": [
+            offsets.push(b"" if token in hidden else bytes_of(token)) for token in tokens
+        ],
     }
 
 
-def chat_logprobs(places: Sequence[TokenLogprobs], name: Any) -> dict[str, Any]:
+def chat_logprobs(places: Sequence[TokenLogprobs], bytes_of: BytesOf) -> dict[str, Any]:
     """Return log-probabilities in the shape of /v1/chat/completions."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        text = name(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        data = bytes_of(token)
+        return {"token": token_name(data), "logprob": logprob, "bytes": list(data)}
 
     return {
         "content": [

@@ -92,7 +92,7 @@ def open_service(folder: Path, config: ServeConfig) -> Service:
     return Service(
         AsyncEngine(engine),
         tokenizer,
-        ChatTemplate.load(folder, tokenizer),
+        ChatTemplate.load(folder, tokenizer, bos_token_id=engine.model.config.bos_token_id),
         config,
         metrics,
         vocab_size=engine.model.config.vocab_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -51,7 +52,7 @@ class ToolFields(BaseModel):
     @classmethod
     def _check_names(cls, tools: list[Tool] | None) -> list[Tool] | None:
         names = [tool.function.name for tool in tools or ()]
-        twice = {name for name in names if names.count(name) > 1}
+        twice = {name for name, times in Counter(names).items() if times > 1}
         if twice:
             raise ValueError(f"two tools are named {min(twice)!r}")
         return tools
@@ -83,8 +84,6 @@ class ToolFormat(NamedTuple):
     end: str
     is_list: bool
     """the JSON is a list of calls"""
-    is_special: bool
-    """the mark is a special token, left out of plain text"""
 
     @property
     def lead(self) -> str:
@@ -94,22 +93,52 @@ class ToolFormat(NamedTuple):
     def schema(self, tools: Sequence[Tool]) -> dict[str, Any]:
         """Return the JSON schema of a call of one of the tools."""
         key = "arguments" if self.start else "parameters"
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool.function.name},
-                    key: tool.function.parameters or {"type": "object"},
-                },
-                "required": ["name", key],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ]
+        calls, shared = [], {}
+        for number, tool in enumerate(tools):
+            parameters, defined = _lifted(tool.function.parameters or {"type": "object"}, number)
+            shared |= defined
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": {"name": {"const": tool.function.name}, key: parameters},
+                    "required": ["name", key],
+                    "additionalProperties": False,
+                }
+            )
         one = calls[0] if len(calls) == 1 else {"anyOf": calls}
         if self.is_list:
-            return {"type": "array", "items": one, "minItems": 1, "maxItems": 1}
-        return one
+            one = {"type": "array", "items": one, "minItems": 1, "maxItems": 1}
+        return {**one, "$defs": shared} if shared else one
+
+
+def _lifted(schema: dict[str, Any], number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take a schema's own definitions out, for the root that it becomes a part of.
+
+    Returns the schema and its definitions, under names with the tool's number in them, references
+    rewritten.
+    """
+    places = {
+        f"#/{where}/{name}": f"{number}-{where.strip('$')}-{name}"
+        for where in ("$defs", "definitions")
+        for name in schema.get(where, {})
+    }
+
+    def rewritten(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rewritten(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        found = {name: rewritten(one) for name, one in value.items()}
+        if isinstance(value.get("$ref"), str) and value["$ref"] in places:
+            found["$ref"] = f"#/$defs/{places[value['$ref']]}"
+        return found
+
+    plain = {k: v for k, v in schema.items() if k not in ("$defs", "definitions")}
+    defined = {}
+    for place, name in places.items():
+        where, key = place.removeprefix("#/").split("/", 1)
+        defined[name] = rewritten(schema[where][key])
+    return rewritten(plain), defined
 
 
 def format_of(template: str) -> ToolFormat | None:
@@ -117,10 +146,10 @@ def format_of(template: str) -> ToolFormat | None:
     if "tools" not in template:
         return None
     if "<tool_call>" in template:
-        return ToolFormat("<tool_call>", "</tool_call>", is_list=False, is_special=False)
+        return ToolFormat("<tool_call>", "</tool_call>", is_list=False)
     if "[TOOL_CALLS]" in template:
-        return ToolFormat("[TOOL_CALLS]", "", is_list=True, is_special=True)
-    return ToolFormat("", "", is_list=False, is_special=False)
+        return ToolFormat("[TOOL_CALLS]", "", is_list=True)
+    return ToolFormat("", "", is_list=False)
 
 
 class Scanner:

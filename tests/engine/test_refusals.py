@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -74,11 +75,73 @@ def test_a_callback_that_raises_ends_its_request_alone() -> None:
         if piece.token_ids:
             raise KeyError("a bug of the caller")
 
-    bad = engine.add(prompt_of(5, seed=1), greedy(9), on_output=broken)
+    both = dataclasses.replace(greedy(9), n=2, temperature=1.0, seed=1)
+    bad = engine.add(prompt_of(5, seed=1), both, on_output=broken)
     good = engine.add(prompt_of(7, seed=2), greedy(9))
+    last = []
     while engine.has_work:
-        engine.step()
+        last += [(p.index, p.finish_reason) for p in engine.step() if p.request_id == bad]
+    assert sorted(one for one in last if one[1]) == [(0, "error"), (1, "error")]
     answer = engine.result(bad).outputs[0]
     assert answer.finish_reason == "error" and "KeyError" in str(answer.error)
     assert_exact(model, engine.result(good))
     engine.check_integrity()
+
+
+def test_ctrl_c_before_the_coda_loses_no_rows() -> None:
+    model = served_model(0)
+    engine = new_engine(model)
+    finish, calls = engine.runner.finish, []
+
+    def interrupted(due):
+        calls.append(len(due))
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return finish(due)
+
+    engine.runner.finish = interrupted  # pyrefly: ignore
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([prompt_of(9, seed=1), prompt_of(5, seed=2)], greedy(6))
+        engine.check_integrity()
+    (output,) = engine.generate([prompt_of(7, seed=3)], greedy(6))
+    assert_exact(model, output)
+    engine.check_integrity()
+
+
+def test_a_constraint_that_raises_ends_its_request_alone() -> None:
+    model = served_model(0)
+    engine = new_engine(model)
+
+    class Broken:
+        def start(self) -> Any:
+            raise KeyError("a bug of the grammar")
+
+    params = dataclasses.replace(greedy(6), constraint=Broken())
+    bad = engine.add(prompt_of(5, seed=1), params)
+    good = engine.add(prompt_of(7, seed=2), greedy(6))
+    while engine.has_work:
+        engine.step()
+    answer = engine.result(bad).outputs[0]
+    assert answer.finish_reason == "error" and "constraint allows no token" in str(answer.error)
+    assert_exact(model, engine.result(good))
+
+
+@pytest.mark.parametrize("prompt", [[1.7, 2], [["a"]], ["a", "b"]])
+def test_what_is_no_token_id_is_said(prompt: list[object]) -> None:
+    with pytest.raises(ValueError, match="holds what is no token id"):
+        new_engine(served_model(0)).add(prompt, greedy(2))  # pyrefly: ignore
+
+
+def test_a_stretch_with_other_depths_is_not_taken_for_ones_own() -> None:
+    """A score near its threshold may fall on either side in batches of other shapes."""
+    engine = new_engine(served_model(0))
+    engine.generate([prompt_of(24, seed=1)], greedy(4))
+    prefix = engine.prefix
+    assert prefix is not None
+    (entry, *_) = prefix.entries.values()
+    policy, tokens = entry.key
+    assert isinstance(tokens, tuple)
+    other = [3 - depth if depth < 3 else 1 for depth in entry.depths]
+    assert prefix.extend(policy, None, tokens, other, 0, entry.counts) is None
+    assert prefix.extend(policy, None, tokens, list(entry.depths), 0, entry.counts) is entry

@@ -131,3 +131,32 @@ def test_closing_ends_readers_with_a_clear_error() -> None:
             await collect(served, prompt_of(5, seed=1), greedy(5))
 
     asyncio.run(run())
+
+
+def test_an_engine_whose_reset_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(served_model(0))
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    async def run() -> None:
+        served = AsyncEngine(engine)
+        monkeypatch.setattr(engine, "step", broken)
+        monkeypatch.setattr(engine, "reset", broken)
+        with pytest.raises(EngineFault):
+            await asyncio.wait_for(collect(served, prompt_of(5, seed=1), greedy(5)), 10)
+        with pytest.raises(EngineFault, match="closed"):
+            await asyncio.wait_for(collect(served, prompt_of(5, seed=1), greedy(5)), 10)
+        assert not served.is_alive
+
+    asyncio.run(run())
+
+
+def test_one_of_several_last_pieces_has_the_result() -> None:
+    async def run() -> list[bool]:
+        async with AsyncEngine(new_engine(served_model(0))) as served:
+            params = SamplingParams(n=3, max_tokens=4, ignore_eos=True, max_recursions=1)
+            pieces = [piece async for piece in served.generate(prompt_of(5, seed=1), params)]
+        return [piece.result is not None for piece in pieces if piece.finish_reason]
+
+    assert sorted(asyncio.run(run())) == [False, False, True]

@@ -90,7 +90,35 @@ def test_echo_and_logprobs(client, wanted):
     assert len(sizes) == 1
     assert "".join(told["tokens"][-6:]) == wanted.outputs[0].text
     assert all(value <= 0 for value in told["token_logprobs"] if value is not None)
-    assert all(len(top) == 2 for top in told["top_logprobs"][-6:])
+    assert all(2 <= len(top) <= 3 for top in told["top_logprobs"][-6:])
+    for token, top in zip(told["tokens"], told["top_logprobs"], strict=True):
+        assert top is None or token in top  # the one that was drawn is among them
+    assert told["text_offset"][-6] == len(PROMPT)
+    offsets = told["text_offset"]
+    assert offsets[:2] == [0, 0] and offsets == sorted(offsets)  # the first token shows nothing
+    events = client.post("/v1/completions", {**body, "echo": False, "stream": True}).events
+    pieces = [c["logprobs"] for e in events for c in e["choices"] if c["logprobs"]]
+    assert [t for piece in pieces for t in piece["tokens"]] == told["tokens"][-6:]
+    assert client.post("/v1/completions", {**body, "stream": True}).status == 400
+
+
+def test_a_token_inside_a_character_has_its_bytes(client):
+    tokenizer = client.service.tokenizer
+    ids = tokenizer.encode("\u00e9")
+    assert [tokenizer.token_bytes(token) for token in ids] == [b"\xc3", b"\xa9"]
+    body = {"prompt": "\u00e9t", "echo": True, "logprobs": 1, "max_tokens": 1}
+    told = client.post("/v1/completions", body).json["choices"][0]["logprobs"]
+    assert told["tokens"][1:4] == ["bytes:\\xc3", "bytes:\\xa9", "t"]
+    assert told["text_offset"][:4] == [0, 0, 0, 1]
+
+
+def test_usage_counts_answers_that_end_together_once(client):
+    body = {"prompt": PROMPT, "n": 4, "max_recursions": 1, **GREEDY, "temperature": 1, "seed": 1}
+    whole = client.post("/v1/completions", body).json["usage"]
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    streamed = client.post("/v1/completions", asked).events[-1]["usage"]
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [streamed[name] for name in names] == [whole[name] for name in names]
 
 
 def test_chat_uses_the_template_and_streams(client):

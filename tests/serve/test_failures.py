@@ -21,6 +21,10 @@ from mor.cli import main
 from mor.serve.config import Keys, ServeConfig
 from tests.serve.conftest import slowly
 
+NULLABLE = (
+    "n", "stream", "echo", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "skip_special_tokens", "logprobs", "stop", "seed",
+)  # fmt: skip
 LONG = {"prompt": "the cat", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
 
 
@@ -41,6 +45,13 @@ LONG = {"prompt": "the cat", "max_tokens": 40, "ignore_eos": True, "temperature"
         ({"prompt": "x", "depth": 7}, 400, "target_depth is 7"),
         ({"prompt": "x", "depth": "deep"}, 400, "depth"),
         ({"prompt": "x", "unknown_field": 1, "max_tokens": 1}, 200, ""),
+        (dict.fromkeys(NULLABLE) | {"prompt": "x", "max_tokens": 1}, 200, ""),
+        ({"prompt": "x", "stop": ["y"] * 65}, 400, "stop takes 64 texts"),
+        (
+            {"prompt": "x", "min_tokens": 9, "response_format": {"type": "json_object"}},
+            400,
+            "min_tokens and ignore_eos go on where a grammar has ended",
+        ),
         (b"{", 400, ""),
     ],
 )
@@ -85,6 +96,65 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(start):
             thread.join()
         client.wait_idle()
         assert client.post("/v1/completions", LONG).status == 200
+
+
+def test_a_request_takes_as_much_room_as_it_asks_answers(start):
+    """Before the engine's thread has heard of them, and for every one of n."""
+    with start(max_num_seqs=2, max_queue=2) as client:
+        client.service.engine._engine.step = slowly(client.service.engine._engine.step, 0.3)
+        statuses: list[int] = []
+
+        def ask(n: int, stream: bool) -> None:
+            body = {**LONG, "max_tokens": 4, "n": n, "stream": stream, "temperature": 1}
+            statuses.append(client.post("/v1/completions", body).status)
+
+        threads = [threading.Thread(target=ask, args=(3, s)) for s in (False, True, False, True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(statuses) == [200, 429, 429, 429]
+        client.wait_idle()
+        assert client.service.num_held == 0
+
+
+def test_a_long_body_keeps_nobody_waiting(client):
+    """What grows with the square of a body would freeze every other request."""
+    start_s = time.monotonic()
+    body = {"messages": [{"role": "user", "content": "<|endoftext|>" * 40_000}]}
+    assert client.post("/v1/chat/completions", body).status == 400
+    tools = [{"type": "function", "function": {"name": f"f{n}"}} for n in range(10_000)]
+    assert client.post("/v1/chat/completions", {**body, "tools": tools}).status == 400
+    assert time.monotonic() - start_s < 20
+
+
+def test_a_handler_that_fails_answers_in_the_same_shape(
+    client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(text: str) -> list[int]:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(client.service.tokenizer, "encode", broken)
+    caplog.set_level("INFO", logger="mor")
+    answer = client.post("/v1/completions", {"prompt": "x"})
+    assert answer.status == 500 and answer.headers["x-request-id"]
+    assert answer.json["error"]["message"] == "the server failed on this request"
+    wait_for(lambda: '"status": 500' in caplog.text)
+    assert client.service.num_held == 0
+
+
+def test_an_engine_that_ended_is_told(start):
+    with start() as client:
+        engine = client.service.engine._engine
+
+        def broken(*args: Any) -> Any:
+            raise RuntimeError("a bug")
+
+        assert client.get("/health").status == 200
+        engine.step = engine.reset = broken
+        assert client.post("/v1/completions", LONG).status == 500
+        assert client.get("/health").status == 503
+        assert client.post("/v1/completions", LONG).status == 500
 
 
 def test_depth_follows_the_queue_where_asked(start):

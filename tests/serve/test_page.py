@@ -143,7 +143,7 @@ def test_stop_ends_an_answer(browser: Any, start: Any):
         with Opened(browser, client) as page:
             page.fill("#text", "the cat")
             page.press("#text", "Enter")
-            page.wait_for_selector("#talk p.answer mark")
+            page.wait_for_selector("#talk p.answer mark", state="attached")
             page.click("#stop")
             page.wait_for_selector("#send:enabled")
             client.wait_idle()

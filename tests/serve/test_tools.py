@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,6 +171,22 @@ def test_tools_left_free_and_their_answers_in_the_conversation(knows_tools: Clie
         (asked(tools=[WEATHER, WEATHER]), "two tools are named"),
         (asked(messages=[{"role": "assistant", "tool_calls": [{"function": 3}]}]), "no call"),
         (asked(messages=[{"role": "assistant", "tool_calls": "x"}]), "no call"),
+        (asked(messages=[{"role": "assistant", "tool_calls": 5}]), "no call"),
+        (
+            asked(
+                messages=[
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "x", "arguments": "[" * 9999}}],
+                    }
+                ]
+            ),
+            "no call",
+        ),
+        (
+            asked(messages=[{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]),
+            "half a surrogate pair",
+        ),
     ],
 )
 def test_mistakes_are_told(knows_tools: Client, body: dict[str, Any], fault: str):
@@ -181,3 +198,23 @@ def test_mistakes_are_told(knows_tools: Client, body: dict[str, Any], fault: str
 def test_a_template_that_knows_none_says_so(client: Client):
     answer = client.post("/v1/chat/completions", asked())
     assert answer.status == 400 and "template knows none" in answer.json["error"]["message"]
+
+
+def test_definitions_of_a_tool_move_to_the_root_of_the_grammar():
+    place = {"$defs": {"P": {"enum": ["Rome"]}}, "properties": {"at": {"$ref": "#/$defs/P"}}}
+    tools = ToolFields.model_validate(
+        {
+            "tools": [
+                {"type": "function", "function": {"name": name, "parameters": place}}
+                for name in ("a", "b")
+            ]
+        }
+    ).tools
+    assert tools is not None
+    for form in FORMS.values():
+        assert form is not None
+        schema = form.schema(tools)
+        assert sorted(schema["$defs"]) == ["0-defs-P", "1-defs-P"]
+        told = json.dumps(schema)
+        assert "#/$defs/0-defs-P" in told and "#/$defs/P" not in told
+        llguidance.LLMatcher.grammar_from_json_schema(told)

@@ -54,9 +54,9 @@ def open_library(machine: tuple[str, ...] | None = None) -> ctypes.CDLL:
     name = f"kernels-{_digest(version, plans)}.so"
     folder = _cache_folder()
     library = folder / name
-    if library.exists():
-        # What does not load, after an update of torch say, is built anew.
-        with contextlib.suppress(OSError):
+    # What does not load, after an update of torch say, or may not be looked at, is built anew.
+    with contextlib.suppress(OSError):
+        if library.exists():
             return ctypes.CDLL(str(library))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,9 +72,20 @@ def open_library(machine: tuple[str, ...] | None = None) -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(folder / name))
         except OSError as error:
+            return _load_elsewhere(folder / name, compiler, error)
+
+
+def _load_elsewhere(library: Path, compiler: str, why: OSError) -> ctypes.CDLL:
+    """Load a copy from the folder for temporary files: a cache folder may be mounted noexec."""
+    with tempfile.TemporaryDirectory(prefix="mor-") as folder:
+        try:
+            copy = shutil.copy2(library, folder)
+            return ctypes.CDLL(str(copy))
+        except OSError:
             raise BuildError(
-                f"what {compiler} made does not load ({error}); set $CXX to g++"
-            ) from error
+                f"what {compiler} made does not load ({why}); set $CXX to g++, or $XDG_CACHE_HOME "
+                "to a folder that is not mounted noexec"
+            ) from why
 
 
 def _cache_folder() -> Path:
