@@ -106,7 +106,7 @@ def test_a_cache_filled_by_captured_ticks_changes_nothing(index: int, device: st
         assert ticks_of(engine).graphs.num_captured > 0
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_mix_of_arrivals_aborts_and_sizes_is_exact(data: st.DataObject) -> None:
     new = functools.partial(captured_engine, lag=data.draw(st.integers(1, 4)))

@@ -201,8 +201,10 @@ def runs(
 
 
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals")
+of_stopped_runs = pytest.mark.xdist_group("stopped runs")  # made once, not by each process
 
 
+@of_stopped_runs
 @needs_signals
 def test_kill_in_the_middle_of_a_checkpoint_costs_nothing_but_steps(
     runs: dict[str, Stopped],
@@ -218,6 +220,7 @@ def test_kill_in_the_middle_of_a_checkpoint_costs_nothing_but_steps(
     assert not list(killed.run.rglob(".*")), "half-written files are still there"
 
 
+@of_stopped_runs
 @needs_signals
 @pytest.mark.parametrize("how", ["interrupted", "terminated"])
 def test_a_stop_writes_a_checkpoint_and_says_how_to_go_on(
