@@ -187,16 +187,14 @@ class Service:
     ) -> AsyncIterator[StepOutput]:
         """Yield a request's pieces within its deadline, and count what came of it."""
         found = self.engine.generate(ids, params, request_id=request_id, only_last=only_last)
-        loop = asyncio.get_running_loop()
-        ends_at = loop.time() + self.config.request_timeout_s
+        ends_at = asyncio.get_running_loop().time() + self.config.request_timeout_s
         try:
             async with aclosing(found) as stream:
-                # A wait for each piece: a reader that pauses is not cut in the middle of a send.
                 while True:
-                    try:
-                        left_s = max(0.0, ends_at - loop.time())
-                        piece = await asyncio.wait_for(anext(stream), left_s)
-                    except StopAsyncIteration:
+                    # Around the wait alone: a reader that pauses is not cut while it is sent to.
+                    async with asyncio.timeout_at(ends_at):
+                        piece = await anext(stream, None)
+                    if piece is None:
                         break
                     self.metrics.piece(request_id, piece)
                     if piece.error is not None:
