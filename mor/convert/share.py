@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mor.config import ModelConfig
+from mor.convert.align import Heads, Read, aligned
 from mor.convert.config import ConvertConfig, Init
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EVERYONE = -1.0
 """a threshold below every score"""
-
-Read = Callable[[str], Tensor]
 
 
 class Source(NamedTuple):
@@ -98,22 +97,26 @@ def converted(
     source, part = found[int(match[1])], match[2]
     if part.endswith(("recursion_A", "recursion_B")):
         return _addition(part, shape, model, source, init, read)
-    of_layer = [f"model.layers.{layer}.{part}" for layer in source.layers]
     if len(shape) == 2 and "norm" in part:  # gains of each recursion's own
-        return torch.stack([read(one).float() for one in of_layer])
+        return torch.stack([read(f"model.layers.{i}.{part}").float() for i in source.layers])
     if source.pick is not None:
         return read(f"model.layers.{source.pick}.{part}").float()
     if init == "random":
         is_gain = "norm" in part
         return torch.ones(shape) if is_gain else torch.randn(shape) * model.initializer_range
-    return _average(of_layer, read)
+    return _average(source.layers, part, _heads(model), read)
 
 
-def _average(names: Sequence[str], read: Read) -> Tensor:
-    total = read(names[0]).float()
-    for name in names[1:]:
-        total = total + read(name).float()
-    return total / len(names)
+def _heads(model: ModelConfig) -> Heads:
+    return Heads(model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+
+
+def _average(layers: Sequence[int], part: str, heads: Heads, read: Read) -> Tensor:
+    """Return the mean of the parent's layers, heads and neurons in the order of the first's."""
+    total = aligned(read, heads, layers[0], layers[0], part)
+    for layer in layers[1:]:
+        total = total + aligned(read, heads, layers[0], layer, part)
+    return total / len(layers)
 
 
 def _addition(
@@ -134,20 +137,21 @@ def _addition(
         bound = shape[-1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound) if is_first else torch.zeros(shape)
     weight = part.rpartition(".")[0] + ".weight"
-    names = tuple(f"model.layers.{layer}.{weight}" for layer in source.layers)
-    pairs = _residuals(names, model.lora_rank, model.lora_alpha / model.lora_rank, read)
+    scale = model.lora_alpha / model.lora_rank
+    pairs = _residuals(source.layers, weight, _heads(model), model.lora_rank, scale, read)
     return torch.stack([pair[0 if is_first else 1] for pair in pairs])
 
 
 @functools.lru_cache(maxsize=1)  # A and B of a projection are asked for one after the other
 def _residuals(
-    names: tuple[str, ...], rank: int, scale: float, read: Read
+    layers: tuple[int, ...], part: str, heads: Heads, rank: int, scale: float, read: Read
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return (A, B) of what each weight differs by from their average, the best of that rank."""
-    mean = _average(names, read)
+    """Return (A, B) of what each layer differs by from their average, the best of that rank."""
+    mean = _average(layers, part, heads, read)
     pairs = []
-    for name in names:
-        left, size, right = torch.linalg.svd(read(name).float() - mean, full_matrices=False)
+    for layer in layers:
+        residual = aligned(read, heads, layers[0], layer, part) - mean
+        left, size, right = torch.linalg.svd(residual, full_matrices=False)
         root = (size[:rank] / scale).sqrt()
         pad = rank - len(root)  # a rank above that of the matrix
         a_rI = F.pad(root[:, None] * right[:rank], (0, 0, 0, pad))

@@ -14,6 +14,7 @@ from support_convert import IDS, PLAIN, SHAPE, go, logits
 
 from mor.checkpoint import load_model
 from mor.config import ModelConfig
+from mor.convert.align import Heads, aligned
 from mor.convert.check import probe, unrolled
 from mor.convert.llama import to_llama
 from mor.convert.share import sources
@@ -174,7 +175,9 @@ def test_shared_layers_are_what_the_initialisation_says(
     shared = sorted(stored for stored, layers in served.items() if len(layers) > 1)
     block = sorted(layer for stored in shared for layer in served[stored])
     for order, stored in enumerate(shared):
-        weights = [theirs[f"model.layers.{i}.mlp.up_proj.weight"] for i in served[stored]]
+        first, part = served[stored][0], "mlp.up_proj.weight"
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        weights = [aligned(theirs.__getitem__, heads, first, i, part) for i in served[stored]]
         got = ours[f"model.layers.{stored}.mlp.up_proj.weight"]
         if init in ("average", "svd"):
             torch.testing.assert_close(got, sum(weights) / len(weights))
