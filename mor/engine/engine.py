@@ -172,11 +172,17 @@ class Engine:
             self.scheduler.add(answer)
         return request_id
 
-    def abort(self, request_id: str) -> None:
-        """End a request wherever it is; what it held is free at once. Unknown ids are ignored."""
+    def abort(self, request_id: str) -> list[StepOutput]:
+        """End a request wherever it is; what it held is free at once. Unknown ids are ignored.
+
+        Returns the last piece of every answer that ran
+        """
+        pieces = []
         for answer in self.requests.get(request_id, []):
             if answer.finish_reason is None:
-                self._finish(answer, "abort")
+                pieces.append(StepOutput(request_id, answer.index))
+                self._finish(answer, "abort", pieces[-1])
+        return pieces
 
     @property
     def has_work(self) -> bool:
@@ -263,7 +269,10 @@ class Engine:
             if token < 0:
                 request.error = "the logits are not finite; check the weights"
                 if request.params.constraint is not None:
-                    request.error = "its constraint allows no token that is not barred"
+                    request.error = (
+                        "its constraint allows no token that is not barred, or the logits are not "
+                        "finite"
+                    )
                 self._finish(request, "error", piece)
                 continue
             if not request.output_ids:

@@ -41,6 +41,8 @@ class AsyncEngine:
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._readers: dict[str, _Reader] = {}
         self._is_closed = False
+        self._door = threading.Lock()
+        """held to close, and to order while it is open: no order comes too late to be seen"""
         self._thread = threading.Thread(target=self._run, name="mor-engine", daemon=True)
         self._thread.start()
 
@@ -111,20 +113,23 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """End the thread; readers of requests that still run get an EngineFault."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._orders.put(None)
+        with self._door:
+            if not self._is_closed:
+                self._is_closed = True
+                self._orders.put(None)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     def _order(self, order: Callable[[], None]) -> None:
-        if self._is_closed:
-            raise EngineFault("the engine is closed")
-        self._orders.put(order)
+        with self._door:
+            if self._is_closed:
+                raise EngineFault("the engine is closed")
+            self._orders.put(order)
 
     def _let_go(self, order: Callable[[], None]) -> None:
         """Order what an engine that closes does anyway."""
-        if not self._is_closed:
-            self._orders.put(order)
+        with self._door:
+            if not self._is_closed:
+                self._orders.put(order)
 
     def _run(self) -> None:
         """Work until told to end; should that fail too, nobody waits for what never comes."""
@@ -132,7 +137,8 @@ class AsyncEngine:
             self._work()
         except BaseException as error:
             logger.exception("the engine ended")
-            self._is_closed = True
+            with self._door:
+                self._is_closed = True
             fault = EngineFault(f"the engine ended: {type(error).__name__}: {error}")
             for name, reader in list(self._readers.items()):
                 _call(reader.loop, reader.pieces.put_nowait, fault)
@@ -185,12 +191,7 @@ class AsyncEngine:
             _call(loop, _put_all, handed)
 
     def _abort(self, request_id: str) -> None:
-        answers = self._engine.requests.get(request_id, [])
-        running = [answer for answer in answers if answer.finish_reason is None]
-        self._engine.abort(request_id)
-        self._deliver(
-            [StepOutput(request_id, answer.index, finish_reason="abort") for answer in running]
-        )
+        self._deliver(self._engine.abort(request_id))
 
     def _forget(self, request_id: str) -> None:
         self._readers.pop(request_id, None)

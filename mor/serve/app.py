@@ -114,9 +114,10 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        if app.state.is_ready:
+        if app.state.is_ready and service.engine.is_alive:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "warming up"}, 503)
+        status = "warming up" if service.engine.is_alive else "the engine has ended"
+        return JSONResponse({"status": status}, 503)
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
@@ -165,12 +166,14 @@ def _routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         service.take_room(count)
         is_kept = False
         try:
-            # In a thread: a long text or a template must not keep others waiting.
-            prompts = await asyncio.to_thread(endpoint.ids, body)
+            # In a thread: a long text, a template or a grammar must not keep others waiting.
+            prompts, params = await asyncio.to_thread(
+                lambda: (endpoint.ids(body), endpoint.params(body))
+            )
             if not body.stream:
-                work = endpoint.whole(body, prompts, request_id)
+                work = endpoint.whole(body, prompts, params, request_id)
                 return await _while_connected(request, work)
-            events = endpoint.stream(body, prompts, request_id)
+            events = endpoint.stream(body, prompts, params, request_id)
             is_kept = True
             return EventStream(events, config, on_end=lambda: service.give_room(count))
         finally:

@@ -64,8 +64,9 @@ class Chats:
         most = 0 if body.parallel_tool_calls else 1
         return Scanner(self.tool_format, names, most=most, is_inside=bool(body.forced()))
 
-    async def whole(self, body: ChatRequest, ids: list[int], request_id: str) -> dict[str, Any]:
-        params = self.params(body)
+    async def whole(
+        self, body: ChatRequest, ids: list[int], params: SamplingParams, request_id: str
+    ) -> dict[str, Any]:
         output = await self.service.whole(ids, params, request_id)
         choices = []
         for answer in output.outputs:
@@ -91,9 +92,10 @@ class Chats:
         head = head_of("chat.completion", request_id, self.service.config.served_model_name)
         return {**head, "choices": choices, "usage": usage_of([output]) | self.service.told(params)}
 
-    def stream(self, body: ChatRequest, ids: list[int], request_id: str) -> AsyncIterator[str]:
+    def stream(
+        self, body: ChatRequest, ids: list[int], params: SamplingParams, request_id: str
+    ) -> AsyncIterator[str]:
         """Return the events of a turn; ApiError before any for what cannot be served."""
-        params = self.params(body)
         self.service.check([ids], params)
         return self._stream_events(body, ids, params, request_id)
 

@@ -36,9 +36,12 @@ class Completions:
         return [self.service.prompt_ids(prompt) for prompt in body.prompts()]
 
     async def whole(
-        self, body: CompletionRequest, prompts: Sequence[list[int]], request_id: str
+        self,
+        body: CompletionRequest,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        request_id: str,
     ) -> dict[str, Any]:
-        params = self.params(body)
         names = [f"{request_id}-{place}" for place in range(len(prompts))]
         tasks = [
             asyncio.create_task(self.service.whole(ids, params, name))
@@ -86,8 +89,10 @@ class Completions:
         if not body.echo or output.prompt_logprobs is None:
             offsets = Offsets(len(echoed))
             return completion_logprobs(answer.logprobs, own, offsets, bytes_of, hidden)
-        # A prompt of text begins with a token that it does not show.
-        offsets, in_prompt = Offsets(), special if isinstance(body.prompts()[0], str) else none
+        # A prompt of text begins with a token that it does not show, or with a space.
+        is_text = isinstance(body.prompts()[0], str)
+        offsets = Offsets(drops_space=is_text and not echoed.startswith(" "))
+        in_prompt = special if is_text else none
         before = completion_logprobs(
             output.prompt_logprobs, output.prompt_token_ids, offsets, bytes_of, in_prompt
         )
@@ -95,12 +100,15 @@ class Completions:
         return {name: [*before[name], *told[name]] for name in told}
 
     def stream(
-        self, body: CompletionRequest, prompts: Sequence[list[int]], request_id: str
+        self,
+        body: CompletionRequest,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        request_id: str,
     ) -> AsyncIterator[str]:
         """Return the events of one prompt or several; ApiError before any for what cannot be."""
         if body.echo and body.logprobs is not None:
             raise ApiError(400, "a stream has no logprobs of the prompt; leave out echo or stream")
-        params = self.params(body)
         self.service.check(prompts, params)
         return self._stream_events(body, prompts, params, request_id)
 

@@ -84,7 +84,7 @@ class Keys:
     """The API keys: hashes alone, compared in constant time."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """Read file and environment; ValueError for a file that is missing or holds no key."""
+        """Read file and environment; ValueError where one is given and holds no key."""
         found = []
         if config.api_key_file is not None:
             if not config.api_key_file.is_file():
@@ -93,8 +93,10 @@ class Keys:
             found = [line.strip() for line in lines if line.strip()]
             if not found:
                 raise ValueError(f"{config.api_key_file} holds no key; write one a line")
-        if os.environ.get(config.api_key_env):
-            found.append(os.environ[config.api_key_env].strip())
+        if told := os.environ.get(config.api_key_env):
+            if not told.strip():
+                raise ValueError(f"{config.api_key_env} is blank; set it to a key, or unset it")
+            found.append(told.strip())
         self._hashes = [_known(key) for key in found]
 
     @property

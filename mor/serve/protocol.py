@@ -240,11 +240,14 @@ def token_name(data: bytes) -> str:
 class Offsets:
     """Where tokens begin in a text, in characters; one begun by a token before counts with that."""
 
-    def __init__(self, at: int = 0) -> None:
-        self.at, self._open = at, b""
+    def __init__(self, at: int = 0, *, drops_space: bool = False) -> None:
+        """at: where the first token begins; drops_space: a space that it begins with is no text."""
+        self.at, self._open, self._drops_space = at, b"", drops_space
 
     def push(self, data: bytes) -> int:
         """Return where a token begins, and go on behind it."""
+        if self._drops_space and data:
+            data, self._drops_space = data.removeprefix(b" "), False
         at, self._open = self.at, self._open + data
         try:
             self.at, self._open = self.at + len(self._open.decode("utf-8")), b""

@@ -115,8 +115,11 @@ def _lifted(schema: dict[str, Any], number: int) -> tuple[dict[str, Any], dict[s
     """Take a schema's own definitions out, for the root that it becomes a part of.
 
     Returns the schema and its definitions, under names with the tool's number in them, references
-    rewritten.
+    rewritten. Raises ValueError for definitions that are no table.
     """
+    for where in ("$defs", "definitions"):
+        if not isinstance(schema.get(where, {}), dict):
+            raise ValueError(f"{where} is {schema[where]!r}; give an object of schemas")
     places = {
         f"#/{where}/{name}": f"{number}-{where.strip('$')}-{name}"
         for where in ("$defs", "definitions")

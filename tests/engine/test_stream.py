@@ -80,6 +80,18 @@ def test_abort_gives_a_last_piece() -> None:
     assert asyncio.run(run())[-1] == "abort"
 
 
+def test_an_aborted_answers_pieces_are_its_text() -> None:
+    """What was held back, for it might have begun a stop string, is told with the last piece."""
+    engine = new_engine(served_model(0))
+    engine.add(prompt_of(5, seed=1), greedy(50), request_id="mine")
+    text = "".join(piece.text for _ in range(4) for piece in engine.step())
+    engine.requests["mine"][0].stops.flush = lambda: "held"
+    (last,) = engine.abort("mine")
+    assert (last.finish_reason, last.text) == ("abort", "held")
+    assert engine.result("mine").outputs[0].text == text + last.text
+    assert engine.abort("mine") == engine.abort("nobody") == []
+
+
 def test_what_cannot_be_served_is_raised_to_the_caller_alone() -> None:
     async def run() -> list[int]:
         async with AsyncEngine(new_engine(served_model(0))) as served:

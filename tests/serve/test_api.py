@@ -10,7 +10,7 @@ import pytest
 from mor.config import ModelConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
-from mor.serve.protocol import depth_of
+from mor.serve.protocol import Offsets, depth_of
 from mor.serve.run import depth_points
 
 PROMPT = "the cat sees"
@@ -110,6 +110,12 @@ def test_a_token_inside_a_character_has_its_bytes(client):
     told = client.post("/v1/completions", body).json["choices"][0]["logprobs"]
     assert told["tokens"][1:4] == ["bytes:\\xc3", "bytes:\\xa9", "t"]
     assert told["text_offset"][:4] == [0, 0, 0, 1]
+
+
+def test_the_space_that_a_tokenizer_puts_before_a_text_takes_no_place():
+    offsets = Offsets(drops_space=True)
+    assert [offsets.push(piece) for piece in (b"", b" The", b" cat")] == [0, 0, 3]
+    assert [Offsets().push(b" The")] == [0]
 
 
 def test_usage_counts_answers_that_end_together_once(client):

@@ -150,10 +150,10 @@ def test_an_engine_that_ended_is_told(start):
         def broken(*args: Any) -> Any:
             raise RuntimeError("a bug")
 
-        assert client.get("/health").status == 200
+        assert client.get("/health").status == client.get("/ready").status == 200
         engine.step = engine.reset = broken
         assert client.post("/v1/completions", LONG).status == 500
-        assert client.get("/health").status == 503
+        assert client.get("/health").status == client.get("/ready").status == 503
         assert client.post("/v1/completions", LONG).status == 500
 
 
@@ -281,6 +281,9 @@ def test_keys_are_kept_as_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert keys.are_wanted and keys.allow("Bearer from-environment")
     assert not keys.allow("Bearer other") and not keys.allow("")
     assert "from-environment" not in repr(vars(keys))
+    monkeypatch.setenv("MOR_API_KEY", " \n")
+    with pytest.raises(ValueError, match="MOR_API_KEY is blank"):
+        Keys(ServeConfig())  # and no key that no header at all would match
     monkeypatch.delenv("MOR_API_KEY")
     assert Keys(ServeConfig()).allow("")
     with pytest.raises(ValueError, match="does not exist; give a file of keys"):

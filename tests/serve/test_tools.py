@@ -169,6 +169,15 @@ def test_tools_left_free_and_their_answers_in_the_conversation(knows_tools: Clie
         (asked(tools=None, tool_choice="required"), "there are no tools"),
         (asked(tools=[{"type": "function"}]), "function"),
         (asked(tools=[WEATHER, WEATHER]), "two tools are named"),
+        (
+            asked(
+                tools=[
+                    {"type": "function", "function": {"name": "f", "parameters": {"$defs": ["A"]}}}
+                ],
+                tool_choice="required",
+            ),
+            "$defs is ['A']; give an object of schemas",
+        ),
         (asked(messages=[{"role": "assistant", "tool_calls": [{"function": 3}]}]), "no call"),
         (asked(messages=[{"role": "assistant", "tool_calls": "x"}]), "no call"),
         (asked(messages=[{"role": "assistant", "tool_calls": 5}]), "no call"),
