@@ -192,9 +192,11 @@ def _tokens(ours: Row, other: Row) -> str:
 
 
 def _arithmetic(ours: Row, other: Row) -> str:
-    """Say in which types two rows were trained, where they differ."""
-    each = [" or ".join(sorted({_dtype(one) for one in row.results})) for row in (ours, other)]
-    return "" if each[0] == each[1] else f"; trained in {each[0]} and in {each[1]}"
+    """Say in which types two rows were trained, where they differ in a seed that both have."""
+    types = [{one["seed"]: _dtype(one) for one in row.results} for row in (ours, other)]
+    unlike = [seed for seed in types[0] if types[1].get(seed, types[0][seed]) != types[0][seed]]
+    each = [" or ".join(sorted({one[seed] for seed in unlike})) for one in types]
+    return f"; trained in {each[0]} and in {each[1]}" if unlike else ""
 
 
 def _dtype(result: Result) -> str:
@@ -328,13 +330,16 @@ def _goal(kept: Kept, scale: str, table: Table) -> Claim:
         return _not_run(claim, "", "no such rows are kept", "")
     gap = table.compare(best, vanilla)
     share = best.mean("params_nonembedding") / vanilla.mean("params_nonembedding")
-    is_good = gap is not None and gap.mean <= 0 and gap.sign <= 0 and share <= GOAL_PARAMS
+    verdict = "" if gap is None else _judged(gap, best, vanilla)
+    is_good = gap is not None and gap.mean <= 0 and share <= GOAL_PARAMS
     report = _report(kept, scale, "decode-135m")
     served = report["efficiency"] if report else math.nan
     ours = f"{best.label}: {told(gap)} at {100 * share:.0f} % of the parameters; " + (
         f"served at {served:.2f} of its bound (135M shape)" if report else "not served"
     )
     holds = "yes" if is_good and served >= GOAL_EFFICIENCY else "in part" if is_good else "no"
+    if is_good and verdict not in ("yes", "tie"):
+        holds = verdict  # one seed, or not like for like
     return Claim(
         claim, "", ours, holds, _machine(best.results), _command(best.results, table.budget)
     )

@@ -177,9 +177,17 @@ class _Run:
                 if self._is_kept(member.name):
                     self.num_kept += 1
                 else:
-                    self._fail(member.about, "its sweep is not whole; the same command goes on")
+                    self._fail(member.about, self._no_rate(member))
                 continue
             self._member(member, data)
+
+    def _no_rate(self, member: Member) -> str:
+        """Say why a member has no rate."""
+        swept = "_".join(part for part in (SWEEP, member.size, member.model, "lr") if part)
+        failed = [why for name, why in self.failed.items() if name.startswith(swept)]
+        if failed and all(DIVERGED in why for why in failed):
+            return "all rates of its sweep diverged; give lower ones in sweep"
+        return "its sweep is not whole; the same command goes on"
 
     def _sweep(self, data: PreparedData, model: Entry, size: Entry) -> float | None:
         """Return the rate with the least held-out loss.
@@ -210,15 +218,17 @@ class _Run:
             kept = self.results.by_name.get(name, {})
             about = {"data_sha256": data.manifest.corpus_sha256}
             names = {one.name for one in self.experiment.models}
-            is_theirs = (
-                kept.get("tokens_per_s", {}).keys() == names and kept.items() >= about.items()
-            )
-            if not is_theirs:
+            known = {}  # a line from before the hash was kept is of this data: so are its members
+            if kept.get("data_sha256", about["data_sha256"]) == about["data_sha256"]:
+                known = kept.get("tokens_per_s", {})
+            if not known.keys() >= names:
                 recipes = {
                     one.name: self.experiment.recipe(one, size, budget_tokens=1)
                     for one in self.experiment.models
+                    if one.name not in known  # a model's pace decides its members: it stays
                 }
                 paces = measure_paces(recipes, data)
+                paces["tokens_per_s"] = {**known, **paces["tokens_per_s"]}
                 kept = self.results.add(
                     {
                         **self._head(),

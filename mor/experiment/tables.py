@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from mor.experiment.members import SWEEP
-from mor.experiment.results import Result
+from mor.experiment.results import Result, key_of
 from mor.experiment.stats import Difference, difference, seed_noise, spread
 from mor.log import human_bytes, human_count
 from mor.train.config import with_defaults
@@ -113,18 +113,21 @@ class Table(NamedTuple):
             return None
         noise = None
         if len(seeds) > 1:
-            noise = seed_noise(
-                [
-                    [
-                        [fmean(row.by_seed[seed]) for seed in seeds]
-                        for row in rows
-                        if row.by_seed.keys() >= set(seeds)
-                    ]
-                    for rows in self.experiment
-                ]
-            )
+            noise = seed_noise(self._losses(seeds))
         a, b = ([row.by_seed[seed] for seed in seeds] for row in (ours, other))
         return difference(a, b, noise)
+
+    def _losses(self, seeds: Sequence[int]) -> list[list[list[float]]]:
+        """Return losses by table, row and seed; a training that serves two tables counts once."""
+        counted, found = set(), []
+        for rows in self.experiment:
+            found.append([])
+            for row in (row for row in rows if row.by_seed.keys() >= set(seeds)):
+                training = key_of(next(one for one in row.results if one["seed"] == seeds[0]))
+                if training not in counted:
+                    counted.add(training)
+                    found[-1].append([fmean(row.by_seed[seed]) for seed in seeds])
+        return found
 
 
 def other_settings(row: Row, other: Row) -> list[str]:

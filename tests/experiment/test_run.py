@@ -176,6 +176,17 @@ def test_a_rate_that_diverged_is_out_and_one_that_was_killed_is_tried_again(
     assert go(only=("same-flops_mor3_s0",))["run"] == 2
 
 
+def test_a_sweep_whose_rates_all_diverged_says_so(
+    started: Started, go: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(args: Sequence[str]) -> str:
+        raise MemberFailed("exit code 2: step 1: loss is nan; " + runs.DIVERGED)
+
+    monkeypatch.setattr(runs, "run_mor", fail)
+    why = go(only=("same-flops_twin_s0",))["failed"]["same-flops_twin_s0"]
+    assert "all rates of its sweep diverged" in why
+
+
 def test_a_training_of_other_text_is_not_measured_on_this(
     started: Started, go: Callable[..., dict[str, Any]], tmp_path: Path
 ):
@@ -186,6 +197,32 @@ def test_a_training_of_other_text_is_not_measured_on_this(
     (tmp_path / "out" / "results.jsonl").unlink()
     with pytest.raises(ValueError, match="the data is not what the run in"):
         go(only=("same-flops_twin_s0",))
+
+
+def test_a_model_that_is_added_leaves_the_pace_of_the_others(
+    started: Started,
+    go: Callable[..., dict[str, Any]],
+    experiment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Tokens of a training of so many seconds go by its pace: measured anew, none would be kept."""
+    asked: list[list[str]] = []
+
+    def measured(recipes: dict[str, Any], data: PreparedData) -> dict[str, Any]:
+        asked.append(list(recipes))
+        return {"tokens_per_s": dict.fromkeys(recipes, 1000.0 * len(asked))}
+
+    monkeypatch.setattr(runs, "measure_paces", measured)
+    experiment.write_text(
+        experiment.read_text().replace("[sweep]\nlrs = [2e-3, 4e-3]\nshare = 0.5\n", "")
+    )
+    only = ("same-time_twin_s0",)
+    assert go(only=only)["run"] == 1
+    more = '[[models]]\nname = "more"\nlabel = "more"\n[[budgets]]'
+    experiment.write_text(experiment.read_text().replace("[[budgets]]", more, 1))
+    again = go(only=only)
+    assert again["failed"] == {} and (again["run"], again["kept"]) == (0, 1)
+    assert asked == [["twin", "rec3", "mor3", "random3"], ["more"]]
 
 
 def test_a_benchmark_with_other_arguments_is_run_again(
