@@ -197,7 +197,7 @@ def _train(member: Member, out: Path, data: PreparedData, size: Size, seed: int)
     if code == 130 or code < 0:
         raise KeyboardInterrupt
     if code == 2:  # it has said why
-        raise ValueError(f"training {member.name} could not begin; see the line above")
+        raise ValueError(f"training {member.name} came to no result; see the line above")
     if code != 0:
         raise RuntimeError(f"training {member.name} ended with exit code {code}")
     summary = read_json(folder / "summary.json")

@@ -193,9 +193,17 @@ class _Job:
             yield spare
         for item in self._val_items(digest, self._on_skip, self._on_empty, on_read):
             self.val_census.add(item)
-        self.corpus_sha256 = digest.hexdigest()
+        self.corpus_sha256 = self._digest_of(digest)
+
+    def _digest_of(self, digest: hashlib._Hash) -> str:
+        """Return the digest of what was read, and of whether some of it was left out."""
+        if self.in_both:
+            digest.update(b"without what --val holds")
+        return digest.hexdigest()
 
     def _check_census(self) -> None:
+        if self.in_both and not self.census.bytes:
+            raise ValueError(f"--val holds all that {self.name} has; give other text to train on")
         if not self.census.bytes:
             raise ValueError(f"empty corpus: no text in {self.name}; give files that hold text")
         if self.val_sources and not self.val_census.bytes:
@@ -239,7 +247,7 @@ class _Job:
                     writer.write_pending()
                 bar.advance(sum(item.bytes for _, item in batch))
             splits = {name: writer.finish() for name, writer in writers.items()}
-        if digest.hexdigest() != self.corpus_sha256:
+        if self._digest_of(digest) != self.corpus_sha256:
             raise ValueError("the input changed while it was read; run mor prepare again")
         for name, split in splits.items():
             if not split.tokens:

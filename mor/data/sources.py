@@ -131,7 +131,7 @@ def _walk(folder: Path, on_other: Callable[[Path], None]) -> list[Path]:
             folders[:] = []
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             path = Path(root, name)
             if name.startswith(".") or not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import logging
@@ -392,6 +393,13 @@ def test_what_val_holds_too_is_not_trained_on(
     trained = [t for name in ("train", "heldout") for t in texts_of(tmp_path / "out", name)]
     assert len(held) == 5 and len(trained) == 55 and not set(held) & set(trained)
     assert "left out of the training text: 5 documents that --val holds too" in caplog.text
+    everything = hashlib.sha256()
+    for line in (corpus.read_text() + val.read_text()).splitlines():
+        everything.update(json.loads(line)["text"].encode() + b"\0")
+    assert Manifest.load(tmp_path / "out").corpus_sha256 != everything.hexdigest()
+    copy = write_corpus(tmp_path / "copy.jsonl", 60)
+    with pytest.raises(ValueError, match="--val holds all that"):
+        prepare(PrepareConfig(input=(corpus,), val=(copy,), out=tmp_path / "x", vocab_size=300))
 
 
 def test_documents_larger_than_the_sample_still_teach_the_tokenizer(

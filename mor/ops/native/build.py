@@ -55,9 +55,9 @@ def open_library(machine: tuple[str, ...] | None = None) -> ctypes.CDLL:
     folder = _cache_folder()
     library = folder / name
     # What does not load, after an update of torch say, or may not be looked at, is built anew.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, BuildError):
         if library.exists():
-            return ctypes.CDLL(str(library))
+            return _load(library, compiler)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix="build-")
@@ -69,14 +69,15 @@ def open_library(machine: tuple[str, ...] | None = None) -> ctypes.CDLL:
         fresh = Path(scratch.name) / name
         _compile(plans, fresh)
         os.replace(fresh, folder / name)
-        try:
-            return ctypes.CDLL(str(folder / name))
-        except OSError as error:
-            return _load_elsewhere(folder / name, compiler, error)
+        return _load(folder / name, compiler)
 
 
-def _load_elsewhere(library: Path, compiler: str, why: OSError) -> ctypes.CDLL:
-    """Load a copy from the folder for temporary files: a cache folder may be mounted noexec."""
+def _load(library: Path, compiler: str) -> ctypes.CDLL:
+    """Load a library, or a copy in the folder for temporary files: a cache may be noexec."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        why = error
     with tempfile.TemporaryDirectory(prefix="mor-") as folder:
         try:
             copy = shutil.copy2(library, folder)
