@@ -296,8 +296,8 @@ class ModelConfig:
             "exit_maps serve routers that let tokens go, not fixed; leave them out",
         )
         _require(
-            self.capacity_warmup_steps == 0 or self.router in ("expert_choice", "threshold"),
-            f"capacity_warmup_steps serves expert_choice and threshold, not {self.router}; use 0",
+            self.capacity_warmup_steps == 0 or self.router not in ("fixed", "token_choice"),
+            f"capacity_warmup_steps serves routers with capacities, not {self.router}; use 0",
         )
 
     def _check_coefficients(self) -> None:

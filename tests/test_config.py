@@ -104,7 +104,7 @@ def test_a_folder_of_the_first_days_still_loads() -> None:
         ({"sharing": "middle_sequence"}, "sharing middle_sequence serves the router fixed"),
         ({"router": "random", "router_aux": "router"}, "serves the router expert_choice"),
         ({"router_aux": "router", "gating": "none"}, "leaves top-k to what the gate teaches"),
-        ({"router": "random", "capacity_warmup_steps": 3}, "serves expert_choice and threshold"),
+        ({"router": "fixed", "capacity_warmup_steps": 3}, "serves routers with capacities"),
         ({"capacity_warmup_steps": -1}, "capacity_warmup_steps is -1"),
         ({"router_z_loss_coef": -1.0}, "router_z_loss_coef is -1.0"),
         ({"router_threshold_rate": 0.0}, "router_threshold_rate is 0.0"),

@@ -122,8 +122,9 @@ def converted_config(parent: Parent, config: ConvertConfig) -> ModelConfig:
     """Return the config of the converted model; ValueError for layers that do not divide."""
     kept = kept_layers(parent.config, config)
     plain = _plain(parent.config, len(kept))
-    if config.num_recursions == 1:
-        return plain
+    if config.num_recursions == 1:  # ends say what `freeze` may keep
+        ends = {"prelude_layers": config.prelude_layers, "coda_layers": config.coda_layers}
+        return dataclasses.replace(plain, **ends)
     fields: dict[str, Any] = {
         "num_recursions": config.num_recursions,
         "sharing": config.sharing,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mor.data.manifest import DTYPE_BYTES, Manifest
+from mor.log import logger
 from mor.tokenizer import Tokenizer
 
 
@@ -122,6 +123,20 @@ class PreparedData:
                 "run mor prepare again"
             )
         return tokenizer
+
+    def check_tokenizer(self, model: Path, eos_token_id: int | None) -> None:
+        """Raise ValueError where a model's folder has another tokenizer than the shards."""
+        if not (model / "tokenizer.json").is_file():
+            logger.warning(
+                "%s has no tokenizer.json; trusting that the data's ids are its own", model
+            )
+            return
+        tokenizer = Tokenizer.load(model, eos_token=eos_token_id)
+        if tokenizer.fingerprint() != self.tokenizer().fingerprint():
+            raise ValueError(
+                f"{self.folder} was prepared with another tokenizer than {model} has; prepare the "
+                f"text with --tokenizer {model}"
+            )
 
     def split(self, name: str) -> TokenSplit:
         """Return train, heldout or val; ValueError for another name."""

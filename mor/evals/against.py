@@ -24,7 +24,7 @@ from mor.engine.config import EngineConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.evals.depth import bound_depth
-from mor.evals.loss import check_tokenizer, measure_split
+from mor.evals.loss import check_lengths, measure_split
 from mor.evals.tasks import Subject, answer_tasks, retention, summary
 from mor.files import sha256_file, write_text
 from mor.log import human_bytes, human_count, logger, progress
@@ -86,13 +86,17 @@ def compare(
     rows = [_row("parent", parent, where, kind), *_depths(folder, where, kind)]
     rows += [_row(label, one, where, kind) for label, one in beside.items()]
     data = None if data_folder is None else PreparedData.open(data_folder)
+    if data is not None:
+        models = [row.subject.model for row in rows]
+        context = check_lengths(models, limit_tokens=limit_tokens, context=context)
+        for row in rows:
+            data.check_tokenizer(row.folder, row.subject.model.config.eos_token_id)
     lines, answered = [], []
     for row in rows:
         logger.info("%s", row.label)
         line: dict[str, Any] = {"model": row.label}
         active = row.held
         if data is not None:
-            check_tokenizer(row.folder, data, row.subject.model.config.eos_token_id)
             found = measure_split(
                 row.subject.model, data, split, limit_tokens=limit_tokens, context=context
             )

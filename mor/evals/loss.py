@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,13 @@ def evaluate_folder(
     """
     model = load_model(folder, device=pick_device(device))
     data = PreparedData.open(data_folder)
-    most = model.config.max_position_embeddings
-    if context > most:
-        raise ValueError(f"context {context} is longer than trained ({most}); give {most} or less")
-    if limit_tokens < 0 or context < 0:
-        raise ValueError("--limit-tokens and --context take 0 or more")
+    context = check_lengths([model], limit_tokens=limit_tokens, context=context)
     if data.manifest.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{data_folder} has token ids beyond the model's vocabulary of "
             f"{model.config.vocab_size} entries; prepare the text with the model's tokenizer"
         )
-    check_tokenizer(folder, data, model.config.eos_token_id)
-    context = context or min(most, MOST_CONTEXT)
+    data.check_tokenizer(folder, model.config.eos_token_id)
     tokens = data.split(split)
 
     def measure(rule: Rule) -> HeldoutResult:
@@ -89,17 +85,26 @@ def evaluate_folder(
     return report
 
 
+def check_lengths(models: Sequence[MoR], *, limit_tokens: int, context: int) -> int:
+    """Return the tokens of a row, the same for all models; ValueError for what does not fit."""
+    most = min(model.config.max_position_embeddings for model in models)
+    if context > most:
+        raise ValueError(f"context {context} is longer than trained ({most}); give {most} or less")
+    if limit_tokens < 0 or context < 0:
+        raise ValueError("--limit-tokens and --context take 0 or more")
+    return context or min(most, MOST_CONTEXT)
+
+
 def measure_split(
     model: MoR,
     data: PreparedData,
     split: str,
     *,
+    context: int,
     limit_tokens: int = 0,
-    context: int = 0,
     rule: Rule = "causal",
 ) -> HeldoutResult:
     """Measure a model on a split, or on so many tokens spread evenly over it."""
-    context = context or min(model.config.max_position_embeddings, MOST_CONTEXT)
     tokens = data.split(split)
     rows = max(1, tokens.rows(context))
     if limit_tokens:
@@ -119,18 +124,3 @@ def measure_split(
                 bar.advance(len(batch.input_ids_BT))
 
         return measure_loss(model, counted(), rule=rule)
-
-
-def check_tokenizer(folder: Path, data: PreparedData, eos_token_id: int | None) -> None:
-    """Raise ValueError where a text was prepared with another tokenizer than a model has."""
-    from mor.tokenizer import Tokenizer
-
-    if not (folder / "tokenizer.json").is_file():
-        logger.warning("%s has no tokenizer.json; trusting that the data's ids are its own", folder)
-        return
-    tokenizer = Tokenizer.load(folder, eos_token=eos_token_id)
-    if tokenizer.fingerprint() != data.tokenizer().fingerprint():
-        raise ValueError(
-            f"{data.folder} was prepared with another tokenizer than {folder} has; prepare the "
-            f"text with --tokenizer {folder}"
-        )

@@ -102,6 +102,7 @@ class MoR(nn.Module):
         implementation: Implementation = "fast",
         last_only: bool = False,
         keep_states: bool = False,
+        routing_only: bool = False,
     ) -> MoROutput:
         """Run a batch; with labels it returns loss sums and never holds the whole logits.
 
@@ -112,6 +113,7 @@ class MoR(nn.Module):
         rule       train or causal; default train in training mode, causal in evaluation mode
         cache      keys and values of earlier tokens (causal rule only)
         keep_states  return `states`, and neither logits nor a loss; fast implementation only
+        routing_only  decide on depths alone: no coda, no logits, no loss; fast implementation only
         Raises     ValueError for a cache under the train rule
         """
         rule = rule or ("train" if self.training else "causal")
@@ -123,7 +125,14 @@ class MoR(nn.Module):
         if implementation == "reference":
             out = reference_stack(self.model, x_ND, rows, rule=rule)
         else:
-            out = self.model(x_ND, rows, rule=rule, cache=cache, keep_ends=keep_states)
+            out = self.model(
+                x_ND,
+                rows,
+                rule=rule,
+                cache=cache,
+                keep_ends=keep_states,
+                routing_only=routing_only,
+            )
 
         def lay_out(value_N: Tensor) -> Tensor:
             flat = value_N
@@ -135,13 +144,13 @@ class MoR(nn.Module):
         logits = loss_sum = states = None
         if keep_states:
             states = States(out.x_ND, out.ends)
-        elif labels is not None:
+        elif labels is not None and not routing_only:
             label_N = labels.flatten() if index_N is None else labels.flatten()[index_N]
             loss_sum = linear_cross_entropy(out.x_ND, self.head_weight_VD, label_N)
         elif last_only:
             last_B = rows.count_B.cumsum(0) - 1
             logits = F.linear(out.x_ND[last_B], self.head_weight_VD)[:, None]
-        else:
+        elif not routing_only:
             logits = lay_out(F.linear(out.x_ND, self.head_weight_VD))
         return MoROutput(
             logits,

@@ -128,6 +128,7 @@ class Stack(nn.Module):
         rule: Rule,
         cache: KVCache | None = None,
         keep_ends: bool = False,
+        routing_only: bool = False,
     ) -> StackOutput:
         """Run packed rows through prelude, recursions and coda.
 
@@ -135,13 +136,15 @@ class Stack(nn.Module):
         rule       train (top-k of whole sequences, no cache) or causal
         cache      keys and values of earlier tokens; this call adds those of its rows
         keep_ends  return the states at the end of each recursion too
+        routing_only  leave out the coda, which decides on nobody's depth
         """
         rotary = rotary_angles(rows.position_N, self.config, dtype=x_ND.dtype)
         keys = LocalKeys(self.config, rows) if cache is None else cache.append(rows)
         x_ND = self._run(self.prelude, x_ND, rotary, keys.own)
         ends: list[End] | None = [] if keep_ends else None
         x_ND, depth_N, router_loss, stats = self._recursions(x_ND, rows, rotary, rule, keys, ends)
-        x_ND = self._run(self.coda, x_ND, rotary, keys.own, first=self.config.num_prelude_layers)
+        coda, first = () if routing_only else self.coda, self.config.num_prelude_layers
+        x_ND = self._run(coda, x_ND, rotary, keys.own, first=first)
         return StackOutput(self.norm(x_ND), depth_N, router_loss, stats, ends or [])
 
     def _recursions(

@@ -61,9 +61,10 @@ def fit_exits(model: MoR, batches: Sequence[Batch], *, dtype: torch.dtype | None
     """
     check_fit(model.config)
     config, maps = model.config, cast(ExitMaps, model.model.exit_maps)
+    learns = config.router == "expert_choice"
     with (
         _everyone_goes_on(model),
-        progress("fit exits", len(batches) * config.num_recursions) as bar,
+        progress("fit exits", len(batches) * (config.num_recursions if learns else 1)) as bar,
     ):
         seen = []
         for batch in batches:
@@ -74,16 +75,17 @@ def fit_exits(model: MoR, batches: Sequence[Batch], *, dtype: torch.dtype | None
             full_ND = torch.cat([one.end_RND[-1] for one in seen])
             with torch.no_grad():
                 maps.weight[r - 1] = fit_map(state_ND, full_ND)
+            if not learns:
+                continue
             costs = []
             for one in seen:
                 costs.append(_cost_of_leaving(model, one, r, dtype))
                 bar.advance(1)
-            if config.router == "expert_choice":
-                weight_D = fit_router(state_ND, torch.cat(costs))
-                router = model.model.router(r)
-                for body in (router.body, router.aux_body):
-                    if body is not None:
-                        cast(nn.Linear, body).weight.data.copy_(weight_D[None])
+            weight_D = fit_router(state_ND, torch.cat(costs))
+            router = model.model.router(r)
+            for body in (router.body, router.aux_body):
+                if body is not None:
+                    cast(nn.Linear, body).weight.data.copy_(weight_D[None])
 
 
 def fit_map(state_ND: Tensor, full_ND: Tensor) -> Tensor:

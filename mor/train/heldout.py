@@ -63,40 +63,48 @@ def measure_loss(
     return HeldoutResult(loss / tokens, tokens, tuple(shares), tuple(depth_shares))
 
 
+class Calibration(NamedTuple):
+    """Where thresholds were set, and what the model does with them on the text they were set on."""
+
+    kept: dict[str, Any]
+    """what the model folder keeps: thresholds, shares reached, logit quantiles; empty for fixed"""
+    result: HeldoutResult
+
+
 @torch.inference_mode()
 def set_thresholds(
     model: MoR, batches: list[Batch], *, dtype: torch.dtype | None = None
-) -> dict[str, Any]:
+) -> Calibration:
     """Set every threshold so that the active shares on this text equal the capacities.
 
-    Recursion by recursion, since thresholds before r decide who the candidates of r are. Returns
-    what the model folder keeps as calibration: thresholds, shares reached, logit quantiles.
+    Recursion by recursion, since thresholds before r decide who the candidates of r are.
     """
     config = model.config
-    if not config.has_router:
-        return {}
     rules = {
         "random": "a hash of seed, recursion, position and token against the capacities",
         "token_choice": "a token takes the depth with the best score, balance added",
     }
-    if config.router in rules:
-        reached = measure_loss(model, batches, dtype=dtype)
-        return {"rule": rules[config.router], **_reached(model, reached)}
+    if not config.has_router or config.router in rules:
+        result = measure_loss(model, batches, dtype=dtype)
+        if not config.has_router:
+            return Calibration({}, result)
+        return Calibration({"rule": rules[config.router], **_reached(model, result)}, result)
     logits: list[Tensor] = []
     for r in range(1, config.num_recursions):  # the pass for the last tells the logits of all
         logits, tokens = _logits(model, batches, dtype)
         kept = round(config.capacity[r] * tokens)
         model.model.router(r).threshold.fill_(_threshold(torch.sigmoid(logits[r]), kept))
-    reached = measure_loss(model, batches, dtype=dtype)
-    return {
+    result = measure_loss(model, batches, dtype=dtype)
+    about = {
         "rule": "a token goes on at recursion r if its score is above threshold r",
         "thresholds": [
             float(model.model.router(r).threshold) for r in range(config.num_recursions)
         ],
-        **_reached(model, reached),
+        **_reached(model, result),
         # Of logits, since the scores of a trained router are nearly all 0 or 1.
         "logit_quantiles": [_quantiles(logit_N) for logit_N in logits],
     }
+    return Calibration(about, result)
 
 
 def _reached(model: MoR, result: HeldoutResult) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def _logits(
     """Collect the candidates' logits at every recursion, and count all tokens."""
     logits: list[list[Tensor]] = [[] for _ in range(model.config.num_recursions)]
     tokens = 0
-    for out in _run(model, batches, "causal", dtype, with_loss=False):
+    for out in _run(model, batches, "causal", dtype, routing_only=True):
         for collected, stats in zip(logits, out.recursions, strict=True):
             collected.append(stats.logit_N.cpu())
         tokens += out.num_tokens
@@ -151,7 +159,7 @@ def _run(
     rule: Rule,
     dtype: torch.dtype | None,
     *,
-    with_loss: bool = True,
+    routing_only: bool = False,
 ) -> Iterator[MoROutput]:
     """Run batches in evaluation mode; the model's mode comes back afterwards."""
     was_training = model.training
@@ -162,10 +170,10 @@ def _run(
             with autocast(model.device, dtype):
                 yield model(
                     batch.input_ids_BT,
-                    labels=batch.labels_BT if with_loss else None,
+                    labels=batch.labels_BT,
                     segments=batch.segment_BT,
                     rule=rule,
-                    last_only=not with_loss,
+                    routing_only=routing_only,
                 )
     finally:
         model.train(was_training)

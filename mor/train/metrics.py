@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, seconds: flo
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start_s)
     return 2 * size**3 / best
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget what was used before, where the system can (CUDA and Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

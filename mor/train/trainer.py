@@ -31,12 +31,13 @@ from mor.ops.device import autocast, pick_device, pick_dtype
 from mor.train.config import Recipe, TrainConfig, check_context, recipe_to_dict, with_defaults
 from mor.train.distill import DistillConfig
 from mor.train.fit import check_fit, fit_exits
-from mor.train.heldout import measure_loss, set_thresholds
+from mor.train.heldout import HeldoutResult, measure_loss, set_thresholds
 from mor.train.metrics import (
     MetricsFile,
     RoutingMeter,
     measure_peak_flops,
     peak_memory_bytes,
+    reset_peak_memory,
 )
 from mor.train.optim import build_optimizer, clip_gradients, learning_rate
 from mor.train.state import Checkpoints
@@ -101,6 +102,12 @@ def train(
         taken = ("vocab_size", "bos_token_id", "eos_token_id")
         kept = {name: getattr(recipe.model, name) for name in taken}
         fitted = dataclasses.replace(fitted, **kept)
+        data.check_tokenizer(start, fitted.eos_token_id)
+        if data.manifest.vocab_size > fitted.vocab_size:
+            raise ValueError(
+                f"the data has token ids up to {data.manifest.vocab_size - 1}, {start} a "
+                f"vocabulary of {fitted.vocab_size}; prepare the text with its tokenizer"
+            )
     recipe = dataclasses.replace(recipe, model=fitted)
     config = recipe.train
     if config.fit_tokens:
@@ -127,17 +134,21 @@ def train(
     model = new_model(recipe, device)
     if start is not None:
         take_weights(model, start)
-    taught, parent_loss = None, math.nan
+    taught: Teacher | None = None
+    parent_loss: float | None = None
     if teacher is not None:
         folder, asked, cache = teacher
         taught = Teacher(folder, recipe.model, asked, dtype=dtype, device=device, cache=cache)
-        parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
     optimizer = build_optimizer(model, config)
     num_steps = config.num_steps(recipe.model)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0}
     if resume:
         state = checkpoints.load_newest(model, optimizer) or state
+    if taught is not None:
+        parent_loss = state.get("parent_loss")
+        if parent_loss is None:
+            parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
         logger.info("resuming %s at step %d of %d", out, state["step"], num_steps)
     if config.fit_tokens and state["step"] == 0:
         samples = range(0, -(-config.fit_tokens // config.context), config.micro_batch_rows)
@@ -147,6 +158,8 @@ def train(
     meter = RoutingMeter(model, config.context)
     eval_every = config.eval_every or max(1, num_steps // 10)
     checkpoint_every = config.checkpoint_every or max(1, num_steps // 10)
+    peak_before = state.get("peak_bytes", 0)
+    reset_peak_memory(device)
     first_step, start_s = state["step"], time.monotonic() - state["seconds"]
     log_s, log_step = time.monotonic(), first_step
 
@@ -181,30 +194,44 @@ def train(
                     metrics.write(done, {**counts, **losses, **speed, **meter.read()})
                     meter.reset()
                     log_s, log_step = now_s, done
+                state = {
+                    "step": done,
+                    "seconds": time.monotonic() - start_s,
+                    "peak_bytes": max(peak_before, peak_memory_bytes(device)),
+                    "parent_loss": parent_loss,
+                }
+                if done % checkpoint_every == 0 or done == num_steps or stop.is_set():
+                    checkpoints.save(model, optimizer, state)
+                    log_s, log_step = time.monotonic(), done
+                if stop.is_set():
+                    raise Interrupted(f"stopped after step {done} of {num_steps}; {go_on}")
                 if done % eval_every == 0 and done < num_steps:
-                    is_deep = model.model.depth_limit == recipe.model.num_recursions
-                    if start is not None and recipe.model.router == "expert_choice" and is_deep:
-                        set_thresholds(model, heldout, dtype=dtype)  # a conversion's let all pass
-                    result = measure_loss(model, heldout, dtype=dtype)
+                    try:
+                        result = _amid(model, heldout, dtype=dtype, is_anew=start is None)
+                    except KeyboardInterrupt as error:  # the second: it would not wait for the end
+                        checkpoints.save(model, optimizer, state)
+                        raise Interrupted(f"stopped after step {done}; {go_on}") from error
                     line = {"heldout_loss": result.loss, "heldout_active": list(result.active)}
-                    if taught is not None:
+                    if parent_loss is not None:
                         line["parent_heldout_loss"] = parent_loss
                         logger.info(
                             "held-out loss %.4f, the parent's %.4f", result.loss, parent_loss
                         )
                     metrics.write(done, line)
                     log_s, log_step = time.monotonic(), done
-                state = {"step": done, "seconds": time.monotonic() - start_s}
-                if done % checkpoint_every == 0 or done == num_steps or stop.is_set():
-                    checkpoints.save(model, optimizer, state)
-                    log_s, log_step = time.monotonic(), done
-                if stop.is_set() and done < num_steps:
-                    raise Interrupted(f"stopped after step {done} of {num_steps}; {go_on}")
         finally:
             checkpoints.close()
             metrics.close()
-    state["peak_bytes"] = peak_memory_bytes(device)  # of training, before the last evaluation
     return _finish(model, recipe, data, out, heldout, val, state, num_steps, dtype)
+
+
+def _amid(model: MoR, heldout: list[Batch], *, dtype: torch.dtype, is_anew: bool) -> HeldoutResult:
+    """Measure held-out text amid a training; a conversion's thresholds would let all pass."""
+    config = model.config
+    is_deep = model.model.depth_limit == config.num_recursions
+    if config.router == "expert_choice" and is_deep and not is_anew:
+        return set_thresholds(model, heldout, dtype=dtype).result
+    return measure_loss(model, heldout, dtype=dtype)
 
 
 def new_model(recipe: Recipe, device: torch.device) -> MoR:
@@ -328,7 +355,9 @@ def _finish(
 ) -> TrainSummary:
     """Set the thresholds, measure the validation text, write the model folder and the summary."""
     config = recipe.train
-    calibration = set_thresholds(model, heldout, dtype=dtype)
+    calibration: dict[str, Any] = {}
+    if model.config.has_router:
+        calibration = set_thresholds(model, heldout, dtype=dtype).kept
     result = measure_loss(model, val, dtype=dtype)
     text = data.split("val")
     bits_per_byte = result.bits_per_byte(text.tokens / text.bytes)

@@ -20,7 +20,7 @@ from mor.data.loader import PreparedData
 from mor.files import atomic_folder, only_one, read_json, remove_leftovers, write_json
 from mor.log import logger
 from mor.ops.device import pick_device, pick_dtype
-from mor.train.config import Recipe, check_context
+from mor.train.config import Recipe, TrainConfig, check_context
 from mor.train.fit import check_fit
 from mor.train.heldout import measure_loss
 from mor.train.trainer import SUMMARY, Teaching, held_batches, train
@@ -145,6 +145,18 @@ def _stage_models(recipe: UptrainRecipe, start: ModelConfig) -> list[ModelConfig
             check_context(models[-1], stage.train)
             if stage.train.fit_tokens:
                 check_fit(models[-1])
+            steps, warmup = stage.train.num_steps(models[-1]), models[-1].capacity_warmup_steps
+            if warmup > steps:
+                raise ValueError(
+                    f"capacity_warmup_steps is {warmup}, the training has {steps} steps: "
+                    "capacities would not reach their target; give fewer"
+                )
+            for name in ("num_routers", "router_outputs"):
+                if getattr(models[-1], name) != getattr(start, name):
+                    raise ValueError(
+                        f"router {models[-1].router} has other weights than {start.router} of "
+                        "[convert]; name there the one that the last stage needs"
+                    )
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
     return models
@@ -179,6 +191,7 @@ def _stage(
     if config.max_tokens:
         tokens = min(stage.train.budget_tokens or config.max_tokens, config.max_tokens)
         settings = dataclasses.replace(settings, budget_tokens=tokens, budget_flops=0)
+        model = _warm_within(model, settings)
     teacher = None
     if stage.distill is not None:
         cache = config.teacher_cache or config.out / "teacher"
@@ -192,7 +205,14 @@ def _stage(
         teacher=teacher,
         go_on="the same command goes on",
     )
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a stage that is done: gigabytes
     return summary._asdict()
+
+
+def _warm_within(model: ModelConfig, train: TrainConfig) -> ModelConfig:
+    """Return a model whose capacities reach their target within a training that was cut short."""
+    steps = min(model.capacity_warmup_steps, train.num_steps(model))
+    return dataclasses.replace(model, capacity_warmup_steps=steps)
 
 
 def _publish(model: Path, out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,12 +55,12 @@ def shuffled_twice(config: ModelConfig) -> MoR:
 @pytest.mark.parametrize("init", ["average", "svd"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_shuffled_layers_become_one_again(tmp_path: Path, tiny_data: Path, init: str, kind: str):
-    more = {"attention_bias": True} if kind == "qwen2" else {}
+    more: dict[str, Any] = {"attention_bias": True} if kind == "qwen2" else {}
     config = dataclasses.replace(PLAIN, num_hidden_layers=2, **more)
     tokenizer = Tokenizer.load(tiny_data)
     save_model(shuffled_twice(config), tmp_path / "parent", tokenizer=tokenizer)
-    ends = {"prelude_layers": 0, "coda_layers": 0}
-    rank = {"lora_rank": 2} if init == "svd" else {}
+    ends: dict[str, Any] = {"prelude_layers": 0, "coda_layers": 0}
+    rank: dict[str, Any] = {"lora_rank": 2} if init == "svd" else {}
     result = go(tmp_path / "parent", tmp_path / "out", init=init, **ends, **rank)
     assert result["max_logit_difference"] < 1e-4
     far = go(tmp_path / "parent", tmp_path / "far", init="random", **ends)

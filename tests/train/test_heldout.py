@@ -46,7 +46,7 @@ def test_active_shares_on_that_text_equal_the_capacities(
 ) -> None:
     model = model_of("expert_choice", capacity, gating=gating)
     batches = batches_of()
-    calibration = set_thresholds(model, batches)
+    calibration = set_thresholds(model, batches).kept
     measured = measure_loss(model, batches)
     tokens = measured.tokens
     assert tokens == 3 * 4 * 48
@@ -83,7 +83,7 @@ def test_the_random_router_keeps_its_rates_and_fixed_has_no_thresholds() -> None
     assert [float(model.model.router(r).threshold) for r in range(4)] == [0.5] * 4
     assert measure_loss(model, batches_of()) == before
     fixed = model_of("fixed", gating="auto")
-    assert set_thresholds(fixed, batches_of()) == {}
+    assert set_thresholds(fixed, batches_of()).kept == {}
     assert measure_loss(fixed, batches_of()).active == (1.0,) * 4
 
 

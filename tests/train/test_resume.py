@@ -19,6 +19,7 @@ from mor.train.config import Recipe, load_recipe
 from mor.train.metrics import read_metrics
 from mor.train.trainer import Interrupted, train
 
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals")
 REPEATABLE = ("loss", "router_loss", "grad_norm", "lr", "heldout_loss", "active_share")
 
 
@@ -43,6 +44,40 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def with_model(recipe: Recipe, **fields: Any) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **fields))
+
+
+@needs_signals
+def test_a_stop_in_the_last_step_is_heard(
+    tiny_data: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the last evaluation, and whatever a command does behind a training, would begin."""
+    recipe, data = load_recipe(tiny_recipe), PreparedData.open(tiny_data)
+    steps = recipe.train.num_steps(recipe.model)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(Interrupted, match=f"stopped after step {steps} of {steps}"):
+            train(recipe, data=data, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+    summary = train(recipe, data=data, out=tmp_path / "run", resume=True)
+    assert summary.steps == steps and summary.peak_bytes > 0
+
+
+@needs_signals
+def test_a_second_stop_amid_an_evaluation_loses_no_step(
+    tiny_data: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, data = load_recipe(tiny_recipe), PreparedData.open(tiny_data)
+    settings = dataclasses.replace(recipe.train, eval_every=3, checkpoint_every=100)
+    recipe = dataclasses.replace(recipe, train=settings)
+
+    def pressed(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "measure_loss", pressed)
+        with pytest.raises(Interrupted, match="stopped after step 3"):
+            train(recipe, data=data, out=tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +235,6 @@ def runs(
     return {"whole": whole, **stopped}
 
 
-needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals")
 of_stopped_runs = pytest.mark.xdist_group("stopped runs")  # made once, not by each process
 
 

@@ -15,7 +15,9 @@ from mor.config import ModelConfig
 from mor.convert.config import ConvertConfig
 from mor.convert.convert import convert
 from mor.convert.llama import llama_config
+from mor.data.config import PrepareConfig
 from mor.data.loader import PreparedData
+from mor.data.prepare import prepare
 from mor.engine.engine import Engine
 from mor.model.mor import MoR
 from mor.tokenizer import Tokenizer
@@ -343,6 +345,26 @@ def test_a_recipe_that_does_not_fit_is_refused(tmp_path: Path, old: str, new: st
         load_uptrain_recipe(path)
 
 
+def test_text_of_another_tokenizer_is_refused(
+    parent: Path, recipe: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    """Its ids would be trained on as if they were the parent's, and its tokenizer published."""
+    other = tmp_path_factory.mktemp("other") / "data"
+    prepare(PrepareConfig(corpus="stdlib", limit_bytes=60_000, out=other, vocab_size=270))
+    with pytest.raises(ValueError, match="prepared with another tokenizer than"):
+        go(parent, recipe, tmp_path, other)
+    assert not (tmp_path / "up" / "block").exists()
+
+
+def test_a_try_of_few_tokens_reaches_its_capacities(
+    parent: Path, recipe: Path, tmp_path: Path, tiny_data: Path
+):
+    go(parent, recipe, tmp_path, tiny_data, max_tokens=256)
+    run = json.loads((tmp_path / "up" / "router" / "run.json").read_text())
+    assert run["model"]["capacity_warmup_steps"] == 2
+    assert not (tmp_path / "up" / "router" / "checkpoints").exists()
+
+
 def test_routing_that_does_not_fit_names_its_stage(
     parent: Path, recipe: Path, tiny_data: Path, tmp_path: Path
 ):
@@ -350,6 +372,14 @@ def test_routing_that_does_not_fit_names_its_stage(
     with pytest.raises(ValueError, match="stage router: capacity has 2 values"):
         go(parent, recipe, tmp_path, tiny_data)
     assert not (tmp_path / "up" / "block").exists()  # before any training
+    recipe.write_text(RECIPE.replace("warmup_steps = 4", "warmup_steps = 9"))
+    with pytest.raises(ValueError, match="warmup_steps is 9, the training has 8 steps"):
+        go(parent, recipe, tmp_path, tiny_data)
+    fixed = RECIPE.replace("lora_rank = 2", 'lora_rank = 2\nrouter = "fixed"', 1)
+    routed = 'model = { router = "expert_choice", capacity = [1.0, 0.7, 0.4], '
+    recipe.write_text(fixed.replace("model = { capacity = [1.0, 0.7, 0.4], ", routed))
+    with pytest.raises(ValueError, match="expert_choice has other weights than fixed"):
+        go(parent, recipe, tmp_path / "fixed", tiny_data)
     recipe.write_text(RECIPE.replace("lr = 1e-3", "fit_tokens = 64"))
     with pytest.raises(ValueError, match="stage router: fit_tokens needs exit_maps"):
         go(parent, recipe, tmp_path, tiny_data)
