@@ -401,6 +401,11 @@ class ModelConfig:
         return self.num_prelude_layers + index
 
     @property
+    def shares_block(self) -> bool:
+        """All recursions run the same layers, so tokens of any depth fit one call."""
+        return self.sharing in ("cycle", "middle_cycle")
+
+    @property
     def has_router(self) -> bool:
         return self.router != "fixed"
 

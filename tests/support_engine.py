@@ -21,7 +21,11 @@ from mor.model.mor import MoR
 
 NEAR = 1e-4
 """two best logits, or a score and its threshold, closer than this are a near tie"""
-SERVED = [kind for kind in (*KINDS, *OPTIONS) if "hybrid" not in str(kind[1])]
+SERVED = [
+    *(kind for kind in (*KINDS, *OPTIONS) if "hybrid" not in str(kind[1])),
+    ("fixed", {"sharing": "sequence", "num_hidden_layers": 6}),
+    ("fixed", {"sharing": "middle_sequence"}),
+]
 SOME_SERVED = [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (6, 12, 28))]
 """which of them Triton's interpreter runs: fifteen seconds each"""
 

@@ -226,7 +226,8 @@ class BlockManager:
     def take(self) -> int:
         """Return a free page, used once, after dropping entries of the cache if need be."""
         while not self.free:
-            assert self.evict(), "a page was promised, but none can be had"
+            if not self.evict():
+                raise AssertionError("a page was promised, but none can be had")
         page = self.free.pop()
         self.add_user(page)
         return page

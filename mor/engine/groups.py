@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -38,11 +39,13 @@ def build_captured(
     why = None
     if not isinstance(runner.groups, TorchGroups):
         why = "the native backend; use torch or triton"
-    elif model.config.sharing == "none" or model.config.lora_rank:
+    elif not model.config.shares_block or model.config.lora_rank:
         why = "layers or LoRA of each recursion's own; use auto"
     if config.capture == "on" and why is not None:
         raise ValueError(f"capture is on, but it does not serve {why}")
-    is_wanted = config.capture == "on" or (config.capture == "auto" and model.device.type == "cuda")
+    # Not torch's attention by itself: it reads every place of the widest table, filled or not.
+    is_fast = model.device.type == "cuda" and type(runner.groups) is not TorchGroups
+    is_wanted = config.capture == "on" or (config.capture == "auto" and is_fast)
     if why is not None or not is_wanted:
         return None
     return CapturedTicks(model, runner, blocks, max_requests=config.max_num_seqs)
@@ -70,6 +73,7 @@ def build_groups(
         if kernels is not None:
             return NativeGroups(model, pool, sizes, kernels)
     has_triton = importlib.util.find_spec("triton") is not None and is_float
+    has_triton = has_triton and (not is_cpu or os.environ.get("TRITON_INTERPRET") == "1")
     if has_triton and (backend == "triton" or (backend == "auto" and not is_cpu)):
         from mor.engine.triton_groups import TritonGroups
 

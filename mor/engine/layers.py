@@ -137,9 +137,9 @@ class TorchGroups:
     def _layers(self, group: GroupName, rows: LayerRows) -> list[Layer]:
         stack = self.model.model
         if group == "block":
-            # With layers of their own the rows of a call stand at one recursion.
-            first = next(iter(rows.slices(len(rows))))[0] if self.config.sharing == "none" else 0
-            return stack.block(first)
+            # Where recursions run other layers the rows of a call stand at one of them.
+            is_one = self.config.shares_block
+            return stack.block(0 if is_one else next(iter(rows.slices(len(rows))))[0])
         return stack.prelude if group == "prelude" else stack.coda
 
     def _layer(

@@ -35,7 +35,7 @@ class NativeGroups:
         self.cos_CK = rotary.cos_N1K[:, 0, :half].contiguous()
         self.sin_CK = rotary.sin_N1K[:, 0, :half].contiguous()
         stack, R = model.model, self.config.num_recursions
-        blocks = range(R if self.config.sharing == "none" else 1)
+        blocks = range(1 if self.config.shares_block else R)
         self.prelude = self._pack(stack.prelude)
         self.blocks = [self._pack(stack.block(recursion)) for recursion in blocks]
         self.coda = self._pack(stack.coda)

@@ -33,7 +33,7 @@ class NativeRunner(TorchRunner):
         super().__init__(model, groups, blocks, num_rows=num_rows)
         self.native, config, layout = groups, model.config, blocks.layout
         R = config.num_recursions
-        shares = [config.capacity[r] / config.capacity[max(r - 1, 0)] for r in range(R)]
+        shares = self.router.shares_R.tolist() if config.router == "random" else [1.0] * R
         encoding, bias = model.model.recursion_encoding, self.router.joined_bias_R
         weight = model.model.embed_tokens.weight.detach()
         heads = 2 * config.num_key_value_heads * config.head_dim

@@ -68,7 +68,7 @@ class Runner(ABC):
         self.config = config
         self.groups = groups
         self.blocks = blocks
-        self.is_shared = config.sharing != "none"
+        self.is_shared = config.shares_block
         self.position = np.zeros(num_rows, np.int64)
         self.token = np.zeros(num_rows, np.int64)
         self.depth = np.zeros(num_rows, np.int64)

@@ -90,10 +90,11 @@ class Keys:
             if not config.api_key_file.is_file():
                 raise ValueError(f"{config.api_key_file} does not exist; give a file of keys")
             lines = config.api_key_file.read_text(encoding="utf-8-sig").split("\n")
-            found = [line.strip() for line in lines if line.strip()]
+            found = [line.strip() for line in lines if line.strip() and line[0] != "#"]
             if not found:
                 raise ValueError(f"{config.api_key_file} holds no key; write one a line")
-        if told := os.environ.get(config.api_key_env):
+        told = os.environ.get(config.api_key_env)
+        if told is not None:
             if not told.strip():
                 raise ValueError(f"{config.api_key_env} is blank; set it to a key, or unset it")
             found.append(told.strip())

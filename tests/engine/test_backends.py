@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from support_engine import (
     prompt_of,
     served_model,
 )
+from support_model import small_model
 
 from mor.model.mor import MoR
+from mor.ops.device import pick_device
 from mor.ops.native import compiled
 
 
@@ -52,6 +55,41 @@ def test_triton_kernels_give_the_plain_models_answers(index: int) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("on a GPU the other tests run")
     assert check(served_model(index, torch.float32), "triton", 3) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("router", "fields"),
+    [
+        ("random", {"capacity_warmup_steps": 1000}),  # as a training leaves it that was cut short
+        ("fixed", {"prelude_layers": 0, "coda_layers": 2}),
+    ],
+)
+def test_compiled_ticks_count_and_decide_as_torchs_do(router: str, fields: dict[str, Any]) -> None:
+    if compiled.load() is None:
+        pytest.skip("no compiler here")
+    model = small_model(router, **fields).float()
+    seen = []
+    for backend in ("torch", "native"):
+        engine = new_engine(model, backend=backend)
+        engine.add(prompt_of(9, seed=1), greedy(6), request_id="a")
+        pieces = [piece for _ in range(4) for piece in engine.step()]
+        seen.append(([piece.depths for piece in pieces], engine.kv_bytes_by_table))
+    assert seen[0] == seen[1] and seen[0][1][0] > 0
+
+
+def test_triton_without_gpu_and_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="backend triton is not to be had on cpu"):
+        new_engine(served_model(0, torch.float32), backend="triton")
+
+
+def test_another_gpu_than_the_current_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the current one, and each thread has its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert pick_device("cuda:0").index == 0
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
+        pick_device("cuda:1")
 
 
 def test_answers_in_bf16_keep_their_depths_mostly() -> None:

@@ -281,16 +281,18 @@ def test_keys_are_kept_as_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert keys.are_wanted and keys.allow("Bearer from-environment")
     assert not keys.allow("Bearer other") and not keys.allow("")
     assert "from-environment" not in repr(vars(keys))
-    monkeypatch.setenv("MOR_API_KEY", " \n")
-    with pytest.raises(ValueError, match="MOR_API_KEY is blank"):
-        Keys(ServeConfig())  # and no key that no header at all would match
+    for blank in (" \n", ""):
+        monkeypatch.setenv("MOR_API_KEY", blank)
+        with pytest.raises(ValueError, match="MOR_API_KEY is blank"):
+            Keys(ServeConfig())  # and no key that no header at all would match
     monkeypatch.delenv("MOR_API_KEY")
     assert Keys(ServeConfig()).allow("")
     with pytest.raises(ValueError, match="does not exist; give a file of keys"):
         Keys(ServeConfig(api_key_file=tmp_path / "none"))
     digest = hashlib.sha256(b"hashed-key").hexdigest()
-    (tmp_path / "hashed").write_text(f"sha256:{digest}\nplain-key\n")
+    (tmp_path / "hashed").write_text(f"# who\nsha256:{digest}\nplain-key\n")
     keys = Keys(ServeConfig(api_key_file=tmp_path / "hashed"))
+    assert not keys.allow("Bearer # who")
     assert keys.allow("Bearer hashed-key") and keys.allow("Bearer plain-key")
     assert not keys.allow(f"Bearer sha256:{digest}") and not keys.allow(f"Bearer {digest}")
     (tmp_path / "broken").write_text("sha256:12\n")

@@ -37,6 +37,10 @@ class BuildError(Exception):
     """Why there is no library, and what mends it, in one line."""
 
 
+class _TookTooLong(BuildError):
+    """The compiler was stopped: another plan would say nothing of this one."""
+
+
 class _Plan(NamedTuple):
     compiler: str
     compile_flags: tuple[str, ...]
@@ -53,12 +57,13 @@ def open_library(machine: tuple[str, ...] | None = None) -> ctypes.CDLL:
     plans = _plans(compiler, version, machine)
     name = f"kernels-{_digest(version, plans)}.so"
     folder = _cache_folder()
-    library = folder / name
     # What does not load, after an update of torch say, or may not be looked at, is built anew.
     with contextlib.suppress(OSError, BuildError):
-        if library.exists():
-            return _load(library, compiler)
+        if folder is not None and (folder / name).exists():
+            return _load(folder / name, compiler)
     try:
+        if folder is None:
+            raise FileNotFoundError
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix="build-")
     except OSError:
@@ -89,9 +94,10 @@ def _load(library: Path, compiler: str) -> ctypes.CDLL:
             ) from why
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "mor"
+def _cache_folder() -> Path | None:
+    """Return where libraries are kept; None for a user without a home."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return None if base.parts[0] == "~" else base / "mor"
 
 
 def _compiler() -> str:
@@ -155,6 +161,8 @@ def _compile(plans: tuple[_Plan, ...], library: Path) -> None:
             _run([plan.compiler, *plan.compile_flags, "-c", source, "-o", str(object_file)])
             _run([plan.compiler, "-shared", str(object_file), *plan.link_flags, "-o", str(library)])
             return
+        except _TookTooLong:
+            raise
         except BuildError as error:
             failure = failure or error
     assert failure is not None
@@ -164,7 +172,9 @@ def _compile(plans: tuple[_Plan, ...], library: Path) -> None:
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise _TookTooLong(f"{command[0]} took more than {TIMEOUT_S} s; try again") from error
+    except OSError as error:
         raise BuildError(
             f"{command[0]} does not run ({error}); set $CXX to a C++17 compiler"
         ) from error

@@ -246,7 +246,7 @@ def load() -> CompiledKernels | None:
     """Return the kernels, compiled at first use, or None where they cannot be had."""
     try:
         kernels = CompiledKernels(open_library())
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         logger.warning("CPU kernels: none, so torch's slower path is taken: %s", error)
         return None
     logger.info("CPU kernels: compiled, %s", kernels.instructions)

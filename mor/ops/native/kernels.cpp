@@ -104,15 +104,21 @@ static int64_t argmax(const float* logits, long count) {
 
 extern "C" {
 
+#if defined(_OPENMP)
+#define MOR_THREADS ""
+#else
+#define MOR_THREADS ", one thread: compiled without OpenMP"
+#endif
+
 const char* mor_instructions() {
 #if defined(__AVX512BF16__)
-  return "avx512_bf16";
+  return "avx512_bf16" MOR_THREADS;
 #elif defined(__AVX512F__)
-  return "avx512";
+  return "avx512" MOR_THREADS;
 #elif defined(__AVX2__)
-  return "avx2";
+  return "avx2" MOR_THREADS;
 #else
-  return "portable";
+  return "portable" MOR_THREADS;
 #endif
 }
 
