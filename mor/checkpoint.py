@@ -51,7 +51,10 @@ def load_model(
     Raises ValueError in one line for a folder that is missing, broken or of another kind.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a model folder; give one that `mor train` wrote")
+        raise ValueError(
+            f"{folder} is not a model folder; give one that `mor train` wrote, or make one of an "
+            "open model with `mor convert`"
+        )
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's mistake (one line says what to do), 1 a fault o
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -46,6 +47,9 @@ def _run(args: list[str]) -> int:
     setup_logging()
     words = 2 if args[0] in GROUPS else 1
     command, args = " ".join(args[:words]), args[words:]
+    if command in GROUPS:
+        known = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{command} ")]
+        raise ValueError(f"mor {command} what? give one of {', '.join(known)}")
     check_choice("command", command, list(COMMANDS))
     flags, run = COMMANDS[command]
     parsed = _parse(flags, _with_recipe(command, args), prog=f"mor {command}")
@@ -81,16 +85,30 @@ def _parse(flags: type, args: list[str], *, prog: str) -> Any:
             if isinstance(error, ValueError) and _raised_by_us(error):
                 raise ValueError(str(error)) from stop
             error = error.__context__
-        raise ValueError(f"{_first_words(said.getvalue())}; see {prog} --help") from stop
+        told = _first_words(said.getvalue())
+        unknown = re.match(r"Unrecognized options: (--[^\s,]+)", told)
+        near = _nearest(unknown[1], flags, prog) if unknown else None
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"{told}{hint}; see {prog} --help") from stop
+
+
+def _nearest(flag: str, flags: type, prog: str) -> str | None:
+    """Return the flag that an unknown one is most like: of the same last name, if there is one."""
+    help_text = io.StringIO()
+    with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
+        tyro.cli(flags, args=["--help"], prog=prog)
+    known = sorted(set(re.findall(r"--[a-z][\w.-]*", help_text.getvalue())))
+    name = flag.partition("=")[0].replace("_", "-")
+    last = name.lstrip("-").rpartition(".")[2]
+    same = [one for one in known if one.lstrip("-").rpartition(".")[2] == last]
+    return next(iter([*same, *difflib.get_close_matches(name, known, n=1)]), None)
 
 
 def _first_words(box: str) -> str:
-    """Return the first section of a box as one line, with the flag that it suggests."""
+    """Return the first section of a box as one line."""
     lines = [re.sub(r"[\u2500-\u257f]|-{3,}", "", line).strip() for line in box.splitlines()]
     sections = " ".join(line or "\n" for line in lines[1:]).split("\n")
-    first, *others = [" ".join(section.split()) for section in sections if section.strip()]
-    suggested = re.search(r"Perhaps you meant: (--\S+)", " ".join(others))
-    return f"{first}; did you mean {suggested.group(1)}?" if suggested else first
+    return next(" ".join(section.split()) for section in sections if section.strip())
 
 
 def _report(error: BaseException) -> int:

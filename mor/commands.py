@@ -145,7 +145,7 @@ class Sampling:
     max_recursions: int | None = None
     """recursions that a token may take; all of the model unless given"""
     threshold_shift: float = 0.0
-    """added to every threshold: above 0 fewer tokens go on"""
+    """added to every threshold of scores, which are 0 to 1: above 0 fewer tokens go on"""
     target_depth: float | None = None
     """mean depth to aim at, by the scores that the model folder keeps"""
     backend: Backend = "auto"

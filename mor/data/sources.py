@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mor.data.hub import HUB_PREFIX, HubDataset, read_hub
+from mor.data.hub import HubDataset, read_hub
 from mor.data.parquet import PARQUET_SUFFIX, read_parquet
 from mor.data.records import Row, text_of
 from mor.data.streams import BadInput, content_suffix, read_chunks
@@ -73,7 +73,7 @@ def find_sources(
     for name in names:
         sources: Sequence[Source] = (
             [HubDataset.parse(str(name))]
-            if str(name).startswith(HUB_PREFIX)
+            if str(name).startswith("hf:")
             else _find_files(Path(name), on_other)
         )
         for source in sources:

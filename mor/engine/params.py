@@ -72,7 +72,7 @@ class SamplingParams:
     max_recursions: int | None = None
     """recursions that a token may take; None for all of the model"""
     threshold_shift: float = 0.0
-    """added to every recursion's threshold: above 0 fewer tokens go on"""
+    """added to every recursion's threshold of scores, which are 0 to 1: above 0 fewer go on"""
     target_depth: float | None = None
     """mean depth to reach by thresholds from the scores that the model folder keeps"""
 

@@ -28,7 +28,10 @@ of the experiment). A claim about losses holds when two seeds or more are kept a
 interval is on its side, "tie" says that it holds 0, and rows that differ in more than what is
 compared get no verdict. The vanilla twin, fixed depth, MoR and the random router share data and
 budget. A rate is the recipe's, the same for all, or the best of a sweep with the same rates for
-all; "edge" says that it was the sweep's last, so a better one may lie beyond.
+all; "edge" says that it was the sweep's last, so a better one may lie beyond. Parameters, and
+tokens per parameter, are counted without embedding, as in the paper. "Our settings" are those of
+the recipe's model of that name. Seconds and peak memory are of the whole process on the machine as
+it was, and compare nothing: `throughput-cpu` does, in alternating rounds.
 """
 
 
@@ -77,17 +80,23 @@ def rendered(path: Path, results: Kept) -> str:
 
 
 def claims_markdown(rows: Sequence[Claim], *, whole: bool = False) -> str:
-    """Return the table of claims, with intervals and seeds where it is to be whole."""
+    """Return the table of claims; where it is to be whole, all, with intervals and seeds."""
 
     def ours(row: Claim) -> str:
         return f"{row.ours}; {row.detail}" if whole and row.detail else row.ours
 
-    return markdown_table(CLAIM_HEAD, [[r.claim, r.paper, ours(r), r.holds] for r in rows])
+    shown = [row for row in rows if whole or row.is_brief]
+    return markdown_table(CLAIM_HEAD, [[r.claim, r.paper, ours(r), r.holds] for r in shown])
 
 
 def _repeat(rows: Sequence[Claim]) -> str:
-    cells = [[row.claim, row.machine, f"`{row.command}`"] for row in rows if row.command]
-    return "\n## How to repeat a row\n\n" + markdown_table(("claim", "machine", "command"), cells)
+    """Return each command once, with the claims that rest on it."""
+    served: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.command:
+            served.setdefault((f"`{row.command}`", row.machine), []).append(row.claim)
+    cells = [["; ".join(rest), machine, told] for (told, machine), rest in served.items()]
+    return "\n## How to repeat a row\n\n" + markdown_table(("claims", "machine", "command"), cells)
 
 
 def _experiment(name: str, results: Sequence[dict[str, Any]]) -> list[str]:

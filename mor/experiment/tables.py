@@ -180,7 +180,8 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 
 HEAD = (
-    "model", "parameters", "tokens", "per parameter", "FLOPs", "rate", "causal loss",
+    "model", "parameters without embedding", "tokens", "per such parameter", "FLOPs", "rate",
+    "causal loss",
     "minus vanilla", "mean depth", "top-k minus causal", "train s", "peak memory", "KV per token",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ class ServeConfig:
     """Settings of the server. Raises ValueError, in one line, for what does not fit."""
 
     host: str = "127.0.0.1"
-    """address to listen on; others than this machine reach only what is not loopback"""
+    """address to listen on; 0.0.0.0 lets other machines in, then give keys"""
     port: int = 8000
     """port to listen on; 0 takes a free one"""
     served_model_name: str = "mor"
@@ -31,7 +31,7 @@ class ServeConfig:
     max_model_len: int = 0
     """tokens of prompt and answer together, 0 for the model's"""
     kv_cache_bytes: int = 0
-    """bytes of keys and values, 0 for what the requests need"""
+    """bytes of keys and values, 0 for what the requests need, at most 2 GiB"""
     request_timeout_s: float = 600.0
     """seconds after which a request is ended"""
     stall_timeout_s: float = 60.0
@@ -53,7 +53,8 @@ class ServeConfig:
     log_prompts: bool = False
     """write what requests ask and get into the log"""
     dtype: str = "auto"
-    """type of weights, keys and values; auto is bfloat16 where the processor multiplies it"""
+    """auto, float32 or bfloat16: of weights, keys and values; auto is bfloat16 where the processor
+    multiplies it"""
     backend: Backend = "auto"
     """native: compiled for the CPU; triton: on a GPU; torch: plain; auto: the fastest to be had"""
     device: str = "auto"

@@ -192,6 +192,10 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
+    if "budgets" in data:
+        raise ValueError(f"{path} describes an experiment; use mor experiment {path}")
+    if "stages" in data:
+        raise ValueError(f"{path} is for uptraining; use mor uptrain PARENT --recipe {path}")
     for table, fields in data.items():
         check_choice(f"{path}: table", table, list(RECIPE_TABLES))
         check_fields(f"{path}: [{table}]", RECIPE_TABLES[table], fields)
