@@ -8,7 +8,7 @@ Shapes: B sequences, T columns of the input (tokens and padding), V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mor.hf_config import MorConfig
 from mor.model.cache import KVCache
@@ -125,7 +126,15 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave weights alone: the core has drawn them, and a load that misses any is refused."""
+        """Draw what tools add, such as a longer embedding.
+
+        The core has drawn its own weights, and a load that misses any is refused
+        """
+        if type(module) not in (nn.Linear, nn.Embedding):
+            return
+        if all(module is not one for one in self.modules()):
+            weight = cast(nn.Parameter, module.weight)
+            nn.init.normal_(weight, std=self.config.core.initializer_range)
 
     @property
     def core(self) -> MoR:
@@ -144,8 +153,12 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a folder as transformers does, but strictly.
 
-        Raises ValueError for weights that are missing or foreign
+        Raises ValueError for weights that are missing, foreign or misshapen, for several devices,
+        and for quantisation, which would find the routers alone
         """
+        for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not supported by mor; leave it out")
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         foreign = set(info["unexpected_keys"])
@@ -154,6 +167,17 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
         for kind, names in (("missing", info["missing_keys"]), ("foreign", foreign)):
             if names:
                 raise ValueError(f"the weight {min(names)} is {kind}; the file is of another model")
+        if info.get("mismatched_keys"):
+            raise ValueError(
+                f"the weight {min(map(str, info['mismatched_keys']))} has another shape than the "
+                "model; leave out ignore_mismatched_sizes"
+            )
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(places) > 1 or "disk" in places:
+            raise ValueError(
+                f"device_map puts mor on {', '.join(sorted(places))}; its head and blocks are read "
+                "from one device: give one that holds it all"
+            )
         return (model, info) if output_loading_info else model
 
     def forward(
@@ -194,6 +218,13 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
         is_training = self.training and torch.is_grad_enabled()
         if cache is not None and is_training:
             raise ValueError("a cache serves generation; call eval(), or leave use_cache out")
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "nn.DataParallel is not supported; set CUDA_VISIBLE_DEVICES to one GPU, or use "
+                "torchrun"
+            )
+        if is_training:
+            _check_schedule(self.core)
 
         core = self.core
         padded = _read_mask(attention_mask, input_ids, cache)
@@ -288,6 +319,16 @@ class MorTokenizer(PreTrainedTokenizerFast):
         return tokenizer
 
 
+def _check_schedule(core: MoR) -> None:
+    """Refuse to train amid a warm-up of capacities: `mor train` alone counts its steps."""
+    warmup = core.config.capacity_warmup_steps
+    if warmup and int(core.model.router(0).get_buffer("steps_done")) < warmup:
+        raise ValueError(
+            f"capacity_warmup_steps is {warmup} and has not ended; mor train alone counts its "
+            "steps: go on with that first"
+        )
+
+
 def _refuse_foreign(model: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Hold what is loaded into the model to its names and shapes, also where strict is off.
 
@@ -362,5 +403,7 @@ def _targets(labels: Tensor, padded: Padded | None) -> Tensor:
     return next_BT.masked_fill(place_T >= padded.length_B[:, None] - 1, IGNORE)
 
 
+# Trainer asks this table whether labels are to be shifted (label_smoothing_factor).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mor"] = "MorForCausalLM"
 AutoModelForCausalLM.register(MorConfig, MorForCausalLM, exist_ok=True)
 AutoTokenizer.register(MorConfig, fast_tokenizer_class=MorTokenizer, exist_ok=True)

@@ -44,6 +44,11 @@ class MorConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read what config.json holds; ValueError for a key that is missing or unknown."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"the config is of a {config_dict['model_type']}; make a folder of mor with mor "
+                "convert"
+            )
         # transformers adds keys of its own, such as _commit_hash
         ModelConfig.from_dict({k: v for k, v in config_dict.items() if not k.startswith("_")})
         return super().from_dict(config_dict, **kwargs)

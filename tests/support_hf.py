@@ -28,6 +28,9 @@ def model_of(kind: str, **fields: Any) -> MoR:
     """A model in float64 whose tokens take different depths, with thresholds far from any score."""
     ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
     model = small_model(**{**ends, **KINDS[kind], **fields}).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("steps_done"):  # transformers trains what mor train has warmed up
+            buffer.fill_(model.config.capacity_warmup_steps)
     if model.config.router in ("expert_choice", "threshold"):
         for r in range(1, model.config.num_recursions):
             scores = causal(model, ids_of(4, 24)).recursions[r].score_N.sort().values

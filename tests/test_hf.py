@@ -314,6 +314,30 @@ def test_activation_checkpointing_is_refused_in_one_line(routed: Path) -> None:
         enable()
 
 
+def test_what_would_be_silently_wrong_is_refused(routed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another shape than the model; leave out ignore_mism"):
+        load(routed, vocab_size=VOCAB + 8, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match="quantization_config is not supported"):
+        load(routed, quantization_config={"load_in_4bit": True})
+    places = {"model": "cpu", "lm_head": "disk"}
+    untied = write_folder(model_of("expert_choice", tie_word_embeddings=False), tmp_path / "m")
+    with pytest.raises(ValueError, match="device_map puts mor on cpu, disk"):
+        load(untied, device_map=places, offload_folder=tmp_path / "off")
+    with pytest.raises(ValueError, match="config is of a llama; make a folder of mor"):
+        MorConfig.from_dict({"model_type": "llama", "vocab_size": 99})
+    model = load(routed).train()
+    model.model.router(0).get_buffer("steps_done").zero_()
+    with pytest.raises(ValueError, match="capacity_warmup_steps is 4 and has not ended"):
+        model(ids_of(1, 8), labels=ids_of(1, 8))
+
+
+def test_trainer_knows_that_labels_are_to_be_shifted() -> None:
+    """Else its own loss, asked for by label_smoothing_factor, would teach to copy a token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mor"] == MorForCausalLM.__name__
+
+
 def test_the_vocabulary_can_grow(routed: Path, tmp_path: Path) -> None:
     model = load(routed)
     before = model(IDS).logits
@@ -323,3 +347,6 @@ def test_the_vocabulary_can_grow(routed: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(after[..., :VOCAB], before)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(causal(load_model(tmp_path), IDS).logits, after)
+    model.resize_token_embeddings(VOCAB + 500, mean_resizing=False)
+    fresh = model.model.embed_tokens.weight[VOCAB + 5 :].detach()
+    assert float(fresh.std()) == pytest.approx(model.config.initializer_range, rel=0.1)

@@ -8,7 +8,7 @@ from typing import Any
 from mor.config import ModelConfig
 from mor.log import human_bytes, human_count
 from mor.model import cost
-from mor.train.config import Recipe, TrainConfig, check_context
+from mor.train.config import Recipe, TrainConfig, check_context, check_warmup
 
 ELEMENT_BYTES = 2  # served weights, keys and values in bf16
 
@@ -20,6 +20,7 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """
     Recipe(model=model, train=train)  # what training would refuse
     check_context(model, train)
+    check_warmup(model, train)
     own = _costs(model, train)
     twin = {f"twin_{name}": value for name, value in _costs(model.twin(), train).items()}
     steps = train.num_steps(model)
@@ -60,7 +61,11 @@ def _costs(model: ModelConfig, train: TrainConfig) -> dict[str, float]:
         "kv_bytes_per_token": cost.kv_bytes_per_token(model, element_bytes=ELEMENT_BYTES),
         "weight_bytes_per_token": cost.weight_bytes_per_step(model, element_bytes=ELEMENT_BYTES),
         "train_peak_bytes": cost.training_bytes(
-            model, micro_batch_tokens=train.micro_batch_tokens or train.batch_tokens
+            model,
+            micro_batch_tokens=train.micro_batch_tokens or train.batch_tokens,
+            recompute=train.recompute,
+            optimizer=train.optimizer,
+            freeze=train.freeze,
         ),
     }
 

@@ -111,7 +111,7 @@ def router_flops(config: ModelConfig) -> int:
 
 def linear_flops(config: ModelConfig) -> int:
     """FLOPs of one layer's matrix products for one token, LoRA left out."""
-    return 2 * (layer_params(config) - 2 * config.hidden_size)
+    return 2 * sum(inputs * outputs for inputs, outputs in _projection_sizes(config).values())
 
 
 def block_linear_flops(config: ModelConfig, recursion: int) -> int:
@@ -383,12 +383,36 @@ def saved_floats_per_token(config: ModelConfig) -> float:
 
 
 def training_bytes(
-    config: ModelConfig, *, micro_batch_tokens: int, element_bytes: int = 4
+    config: ModelConfig,
+    *,
+    micro_batch_tokens: int,
+    element_bytes: int = 4,
+    recompute: str = "none",
+    optimizer: str = "adamw",
+    freeze: Freeze = "none",
 ) -> float:
-    """Estimate peak memory of training: fp32 weights, gradients, two Adam moments, activations."""
+    """Estimate peak memory of training: fp32 weights, gradients, moments, activations.
+
+    AdamW has two moments of a weight, Muon one of a projection's. What is recomputed keeps its
+    inputs, and one layer or recursion at a time all that its backward pass needs.
+    """
     # Capacities that warm up are 1 in the first step.
     deep = config.num_recursions if config.capacity_warmup_steps else sum(config.capacity)
-    layers = config.num_own_layers + config.num_block_layers * deep
-    activations = micro_batch_tokens * layers * saved_floats_per_token(config) * element_bytes
-    stream = micro_batch_tokens * config.hidden_size * (4 + 2 * config.num_recursions)
-    return 16 * count_params(config).unique + activations + stream * element_bytes
+    whole, inputs = config.num_own_layers + config.num_block_layers * deep, 0.0
+    if recompute == "layer":
+        whole, inputs = 1.0, whole
+    if recompute == "recursion":
+        whole, inputs = config.num_own_layers + config.num_block_layers, deep
+    floats = whole * saved_floats_per_token(config) + inputs * config.hidden_size
+    stream = config.hidden_size * (4 + 2 * config.num_recursions)
+    activations = micro_batch_tokens * (floats + stream) * element_bytes
+    layer = sum(inputs * outputs for inputs, outputs in _projection_sizes(config).values())
+    trained, layers = count_params(config).unique, config.num_unique_layers
+    if freeze != "none":
+        heads = 1 if config.tie_word_embeddings else 2
+        trained -= heads * config.vocab_size * config.hidden_size
+    if freeze == "prelude":
+        trained -= config.num_prelude_layers * layer_params(config)
+        layers -= config.num_prelude_layers
+    moments = 2 * trained - (layers * layer if optimizer == "muon" else 0)
+    return 4 * (count_params(config).unique + trained + moments) + activations

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mor.config import ModelConfig, check_choice
-from mor.model.cost import FREEZE, Freeze, steps_for
+from mor.model.cost import FREEZE, Freeze, num_shallow_steps, steps_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +156,29 @@ def _check_number(name: str, value: float, least: float, *, is_open: bool = Fals
         raise ValueError(f"{name} is {value}; give a number {bound}")
 
 
+def check_fit(config: ModelConfig) -> None:
+    """Raise ValueError, naming the setting, for a model whose exits cannot be fitted."""
+    for name, value, wanted in (
+        ("exit_maps", config.exit_maps, (True,)),
+        ("gating", config.gating, ("none",)),
+        ("router", config.router, ("expert_choice", "random")),
+        ("router_body", config.router_body, ("linear",)),
+    ):
+        if value not in wanted:
+            raise ValueError(f"fit_tokens needs {name} {wanted[0]}, it is {value}")
+
+
+def check_warmup(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ValueError when capacities would not reach their target within a training."""
+    steps, warmup = train.num_steps(model), model.capacity_warmup_steps
+    left = steps - num_shallow_steps(steps, train.shallow_share)
+    if warmup > left:
+        raise ValueError(
+            f"capacity_warmup_steps is {warmup}, the training has {left} steps for it: capacities "
+            "would not reach their target; give fewer"
+        )
+
+
 def check_context(model: ModelConfig, train: TrainConfig) -> None:
     """Raise ValueError when rows are longer than the model's longest context."""
     if train.context > model.max_position_embeddings:
@@ -178,6 +201,14 @@ class Recipe:
                 f"shallow_share is {self.train.shallow_share}, but token_choice decides every "
                 "depth at once; use 0, or another router"
             )
+        is_whole = self.model.shares_block or self.model.num_recursions == 1
+        if self.train.shallow_share and not is_whole:
+            raise ValueError(
+                f"shallow_share is {self.train.shallow_share}, but with sharing "
+                f"{self.model.sharing} one recursion does not hold all layers; use 0"
+            )
+        if self.train.fit_tokens:
+            check_fit(self.model)
 
 
 RECIPE_TABLES: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}

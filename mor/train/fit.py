@@ -18,13 +18,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mor.config import ModelConfig
 from mor.data.loader import Batch
 from mor.log import progress
 from mor.model.layers import ExitMaps
 from mor.model.mor import MoR, States
 from mor.ops.device import autocast
 from mor.ops.loss import linear_distillation
+from mor.train.config import check_fit
 
 MAP_RIDGE, ROUTER_RIDGE = 1e-2, 3e-2
 """added to the normal equations, as a share of their mean diagonal"""
@@ -38,18 +38,6 @@ class Seen(NamedTuple):
     """states after each recursion"""
     head_ND: Tensor
     """after the last norm: the head's input"""
-
-
-def check_fit(config: ModelConfig) -> None:
-    """Raise ValueError, naming the setting, for a model that is not fitted like this."""
-    for name, value, wanted in (
-        ("exit_maps", config.exit_maps, (True,)),
-        ("gating", config.gating, ("none",)),
-        ("router", config.router, ("expert_choice", "random")),
-        ("router_body", config.router_body, ("linear",)),
-    ):
-        if value not in wanted:
-            raise ValueError(f"fit_tokens needs {name} {wanted[0]}, it is {value}")
 
 
 def fit_exits(model: MoR, batches: Sequence[Batch], *, dtype: torch.dtype | None = None) -> None:

@@ -150,7 +150,8 @@ def _threshold(score_N: Tensor, kept: int) -> float:
     last, first_out = score_N[kept - 1], score_N[kept]
     if last == first_out:
         return float(torch.nextafter(last, last - 1))
-    return float((last + first_out) / 2)
+    middle = (last + first_out) / 2
+    return float(first_out if middle >= last else middle)  # no number lies between neighbours
 
 
 def _run(

@@ -28,9 +28,16 @@ from mor.model.cost import count_params, num_shallow_steps, training_flops
 from mor.model.mor import MoR
 from mor.model.stack import RecursionStats
 from mor.ops.device import autocast, pick_device, pick_dtype
-from mor.train.config import Recipe, TrainConfig, check_context, recipe_to_dict, with_defaults
+from mor.train.config import (
+    Recipe,
+    TrainConfig,
+    check_context,
+    check_warmup,
+    recipe_to_dict,
+    with_defaults,
+)
 from mor.train.distill import DistillConfig
-from mor.train.fit import check_fit, fit_exits
+from mor.train.fit import fit_exits
 from mor.train.heldout import HeldoutResult, measure_loss, set_thresholds
 from mor.train.metrics import (
     MetricsFile,
@@ -110,8 +117,7 @@ def train(
             )
     recipe = dataclasses.replace(recipe, model=fitted)
     config = recipe.train
-    if config.fit_tokens:
-        check_fit(recipe.model)
+    check_warmup(recipe.model, config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     loader = TrainLoader(

@@ -19,9 +19,9 @@ from mor.convert.convert import convert
 from mor.data.loader import PreparedData
 from mor.files import atomic_folder, only_one, read_json, remove_leftovers, write_json
 from mor.log import logger
+from mor.model.cost import num_shallow_steps
 from mor.ops.device import pick_device, pick_dtype
-from mor.train.config import Recipe, TrainConfig, check_context
-from mor.train.fit import check_fit
+from mor.train.config import Recipe, TrainConfig, check_context, check_warmup
 from mor.train.heldout import measure_loss
 from mor.train.trainer import SUMMARY, Teaching, held_batches, train
 from mor.uptrain.config import SELF, Stage, UptrainConfig, UptrainRecipe, load_uptrain_recipe
@@ -143,14 +143,7 @@ def _stage_models(recipe: UptrainRecipe, start: ModelConfig) -> list[ModelConfig
         try:
             Recipe(model=models[-1], train=stage.train)
             check_context(models[-1], stage.train)
-            if stage.train.fit_tokens:
-                check_fit(models[-1])
-            steps, warmup = stage.train.num_steps(models[-1]), models[-1].capacity_warmup_steps
-            if warmup > steps:
-                raise ValueError(
-                    f"capacity_warmup_steps is {warmup}, the training has {steps} steps: "
-                    "capacities would not reach their target; give fewer"
-                )
+            check_warmup(models[-1], stage.train)
             for name in ("num_routers", "router_outputs"):
                 if getattr(models[-1], name) != getattr(start, name):
                     raise ValueError(
@@ -211,8 +204,10 @@ def _stage(
 
 def _warm_within(model: ModelConfig, train: TrainConfig) -> ModelConfig:
     """Return a model whose capacities reach their target within a training that was cut short."""
-    steps = min(model.capacity_warmup_steps, train.num_steps(model))
-    return dataclasses.replace(model, capacity_warmup_steps=steps)
+    steps = train.num_steps(model)
+    left = steps - num_shallow_steps(steps, train.shallow_share)
+    warmup = min(model.capacity_warmup_steps, left)
+    return dataclasses.replace(model, capacity_warmup_steps=warmup)
 
 
 def _publish(model: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """The cost model counts what the model does: parameters, FLOPs, pairs, bytes."""
 
 import dataclasses
+import functools
 
 import pytest
 from support_model import KINDS, OPTIONS, random_ids, small_config, small_model
@@ -179,3 +180,15 @@ def test_training_memory_estimate_is_within_a_quarter_of_what_is_saved(recursion
     measured = saved + 16 * cost.count_params(config).unique
     estimated = cost.training_bytes(config, micro_batch_tokens=ids.numel())
     assert estimated == pytest.approx(measured, rel=0.25)
+
+
+def test_training_memory_follows_what_keeps_less():
+    config = small_config(num_hidden_layers=14)
+    bytes_of = functools.partial(cost.training_bytes, config, micro_batch_tokens=512)
+    projections = sum(a * b for a, b in cost._projection_sizes(config).values())
+    weights = cost.count_params(config).unique
+    assert bytes_of() > bytes_of(recompute="recursion") > bytes_of(recompute="layer")
+    assert bytes_of() - bytes_of(optimizer="muon") == 4 * config.num_unique_layers * projections
+    frozen = bytes_of() - bytes_of(freeze="embedding")
+    assert frozen == 12 * config.vocab_size * config.hidden_size
+    assert bytes_of(freeze="prelude") < bytes_of(freeze="embedding") < 16 * weights + bytes_of()

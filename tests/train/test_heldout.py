@@ -97,6 +97,7 @@ def test_the_random_router_keeps_its_rates_and_fixed_has_no_thresholds() -> None
         ([0.9, 0.5, 0.5, 0.3], 2, 3),  # equal scores cannot be told apart: both go on
         ([1.0, 1.0, 1.0], 1, 3),  # a threshold of 1 would let nobody through, for good
         ([1.0, 1.0], 0, 0),
+        ([1.0, 1.0, 1 - 2**-24], 2, 2),  # neighbours: their mean rounds to the upper one
         ([], 3, 0),
     ],
 )

@@ -373,7 +373,7 @@ def test_routing_that_does_not_fit_names_its_stage(
         go(parent, recipe, tmp_path, tiny_data)
     assert not (tmp_path / "up" / "block").exists()  # before any training
     recipe.write_text(RECIPE.replace("warmup_steps = 4", "warmup_steps = 9"))
-    with pytest.raises(ValueError, match="warmup_steps is 9, the training has 8 steps"):
+    with pytest.raises(ValueError, match="warmup_steps is 9, the training has 8 steps for it"):
         go(parent, recipe, tmp_path, tiny_data)
     fixed = RECIPE.replace("lora_rank = 2", 'lora_rank = 2\nrouter = "fixed"', 1)
     routed = 'model = { router = "expert_choice", capacity = [1.0, 0.7, 0.4], '
