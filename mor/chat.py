@@ -177,6 +177,9 @@ def chat(
 def _lines() -> Iterator[str]:
     """Yield what the user types, until the end of the input or Ctrl-C at an empty prompt."""
     if not sys.stdin.isatty():
+        reconfigure = getattr(sys.stdin, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
         for line in sys.stdin:
             if line.strip():
                 yield line.strip()
@@ -186,9 +189,11 @@ def _lines() -> Iterator[str]:
 
     while True:
         try:
-            line = input("> ").strip()
+            if not sys.stdout.isatty():  # stdout is for the answers, or for JSON
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> " if sys.stdout.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            print(file=sys.stderr)
             return
         if line:
             yield line

@@ -31,6 +31,10 @@ HELP = ("-h", "--help")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # a character that the terminal has not is shown as ?
+            reconfigure(errors="replace")
     try:
         return _run(args)
     except (Exception, KeyboardInterrupt) as error:

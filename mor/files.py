@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,18 +127,23 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
+LOCKED_BYTE = 2**30
+"""the byte that is held on Windows: the same for all, behind the process's number"""
+
+
 @contextmanager
 def only_one(out: Path) -> Iterator[None]:
     """Hold a folder for one run at a time, and its children; ValueError when another has it."""
     file = out / ".lock"
-    try:
-        with locked(file, wait=False, inherit=True):
-            yield
-    except BlockingIOError as error:
-        pid = file.read_text().strip() or "unknown"
-        raise ValueError(
-            f"{out} is in use by another run (process {pid}); wait for it or give another --out"
-        ) from error
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(file, wait=False, inherit=True))
+        except BlockingIOError as error:
+            pid = file.read_text().strip() or "unknown"
+            raise ValueError(
+                f"{out} is in use by another run (process {pid}); wait for it or give another --out"
+            ) from error
+        yield
 
 
 @contextmanager
@@ -160,10 +166,15 @@ def _lock(handle: int, *, wait: bool) -> None:
     if os.name == "nt":
         import msvcrt
 
-        try:
-            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # pyrefly: ignore
-        except PermissionError as error:
-            raise BlockingIOError from error
+        os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
+        while True:
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # pyrefly: ignore
+                return
+            except OSError as error:
+                if not wait:
+                    raise BlockingIOError from error
+                time.sleep(0.1)
     else:
         import fcntl
 

@@ -81,6 +81,12 @@ def _token_html(token: TokenDepth, max_depth: int) -> str:
     return f'<span class="tok d{token.depth}" title="{tip}">{text}</span>'
 
 
+def _label(name: str) -> str:
+    """Return a name as matplotlib shows it: no mathematics in $, not hidden for a leading _."""
+    hidden = "\u200b" if name.startswith("_") else ""
+    return hidden + name.replace("$", r"\$")
+
+
 def curves_svg(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
@@ -97,7 +103,7 @@ def curves_svg(
             axes.plot(
                 x,
                 y,
-                label=name,
+                label=_label(name),
                 color=_SERIES[i % len(_SERIES)],
                 linestyle=_DASHES[i % len(_DASHES)],
                 linewidth=1.8,
@@ -120,7 +126,7 @@ def histogram_svg(shares: Mapping[str, Sequence[float]], x_label: str, y_label: 
                 [depth + left for depth in range(1, len(values) + 1)],
                 [100 * value for value in values],
                 width=0.92 * width,
-                label=name,
+                label=_label(name),
                 color=_SERIES[i % len(_SERIES)],
             )
             labels = [f"{100 * value:.0f}" if value else "" for value in values]

@@ -86,7 +86,12 @@ class Tokenizer:
         write_text(folder / "tokenizer.json", self._raw.to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of text, without any special token."""
+        """Return the ids of text, without any special token.
+
+        Raises ValueError for half a surrogate pair, as bytes that are no UTF-8 become
+        """
+        if not _is_whole(text):
+            raise ValueError("the text is no UTF-8; write it anew, or leave out what is broken")
         return self._raw.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -243,3 +248,11 @@ def _byte_level_alphabet() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     plain = {chr(byte): byte for byte in printable}
     return plain | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import deque
@@ -25,6 +26,8 @@ COLOUR_SYSTEMS = {
     "256": ColorSystem.EIGHT_BIT,
     "truecolor": ColorSystem.TRUECOLOR,
 }
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""control characters other than tab and the end of a line"""
 DEPTH_COLOURS = ("grey62", "cyan", "yellow", "magenta", "red", "green")
 
 
@@ -154,6 +157,8 @@ class Printer:
     def _show(self, piece: str, style: Style | None) -> None:
         if self.quiet or not piece:
             return
+        if sys.stdout.isatty():  # what a model writes must not move the cursor or set a title
+            piece = CONTROLS.sub("\ufffd", piece)
         system = COLOUR_SYSTEMS.get(self.console.color_system or "")
         if style is not None and system is not None:  # rich would change tabs and :smile:
             piece = style.render(piece, color_system=system)

@@ -59,7 +59,7 @@ def page() -> str:
         Section("Results", table_html(["Model", "Loss"], [["mor", "1.2"]], caption="All")),
         Section(NASTY, depth_text_html(tokens, 3), note=NASTY),
         Section("Curves", curves_svg(SERIES, x_label="tokens", y_label="loss")),
-        Section("Depth", histogram_svg({"mor": [0.5, 0.5], "flat": [1.0]}, "depth", "share")),
+        Section("Depth", histogram_svg({"$mor$": [0.5, 0.5], "_flat": [1.0]}, "depth", "share")),
     ]
     return render_page(NASTY, NASTY, sections, command="mor demo && x", machine={NASTY: NASTY})
 

@@ -170,3 +170,10 @@ def test_the_end_token_is_found_or_asked_for(tmp_path: Path) -> None:
 def test_importing_it_loads_no_torch() -> None:
     code = "import sys, mor.tokenizer, mor.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_half_a_surrogate_pair_is_named_as_what_it_is():
+    """As Python reads bytes of a command line that are no UTF-8."""
+    tokenizer = train_bpe(iter(["some text"] * 9), vocab_size=270)
+    with pytest.raises(ValueError, match="the text is no UTF-8"):
+        tokenizer.encode("x\udcff")

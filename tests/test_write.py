@@ -146,6 +146,21 @@ def test_text_streams_to_stdout_and_figures_to_stderr(tiny_run: Path, capsys: Ca
     assert "depth: 1 grey62, 2 cyan, 3 yellow" in shown.err
 
 
+def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens may be any bytes: those of a title, a cleared screen, the clipboard."""
+    for is_terminal in (True, False):
+        out = io.StringIO()
+        out.isatty = lambda answer=is_terminal: answer  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdout", out)
+        printer = write.Printer(False, False, 3)
+        printer.take(StepOutput("a", 0, [5], "a\x1b]0;owned\x07\tb\n\x9b2J"))
+        printer.end()
+        shown = (
+            "a\ufffd]0;owned\ufffd\tb\n\ufffd2J" if is_terminal else "a\x1b]0;owned\x07\tb\n\x9b2J"
+        )
+        assert out.getvalue() == shown + "\n"
+
+
 def test_depth_is_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     out.isatty = lambda: True  # type: ignore[method-assign]

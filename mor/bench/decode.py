@@ -54,6 +54,8 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    if config.peers and device.type != "cpu":
+        raise ValueError("--peers runs engines of the CPU; add --device cpu, or leave it out")
     models = [
         build_model(config, recursions, dtype=dtype, device=device)
         for recursions in ((0,) if config.model else config.recursions)
@@ -100,7 +102,9 @@ def build_trace(config: BenchDecodeConfig, model: ModelConfig, in_flight: int) -
     if config.text is not None:
         assert config.model is not None
         text = config.text.read_text(encoding="utf-8")
-        trace = cut_prompts(trace, Tokenizer.load(config.model).encode(text))
+        trace = cut_prompts(
+            trace, Tokenizer.load(config.model, eos_token=model.eos_token_id).encode(text)
+        )
     return trace
 
 

@@ -121,10 +121,12 @@ def load_requests(config: BenchServeConfig) -> Sequence[RequestSpec]:
     if config.trace is None:
         count = config.num_requests + config.warmup
         return make_trace(count, config.mix, vocab_size=config.vocab_size, seed=config.seed)
-    found = read_trace(
-        config.trace, vocab_size=config.vocab_size, max_recursions=2**31, seed=config.seed
+    # Of another seed: the same prompts would find their keys in the server's cache.
+    warm, found = (
+        read_trace(config.trace, vocab_size=config.vocab_size, max_recursions=2**31, seed=seed)
+        for seed in (config.seed + 1, config.seed)
     )
-    return [*found[: config.warmup], *found]
+    return [*warm[: config.warmup], *found]
 
 
 def _text(config: BenchServeConfig) -> str:

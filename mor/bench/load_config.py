@@ -61,6 +61,8 @@ class BenchServeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
         if self.bare is not None and (self.endpoint == "chat" or self.text or self.trace):
             raise ValueError("bare compares completions of random token ids; leave out the others")
+        if self.bare is not None and self.rate != float("inf"):
+            raise ValueError(f"rate is {self.rate}, but bare asks as fast as it can; leave one out")
         if self.endpoint == "chat" and self.text is None:
             raise ValueError("chat takes text, not token ids; give --text FILE")
         if not 0 <= self.seed < 2**63:

@@ -56,10 +56,15 @@ class ContinuousBatch(StaticBatch):
     """`generate_batch`, which pages keys and values and refills the batch."""
 
     name = "transformers continuous batching"
+    held: tuple[int, int] | None = None
+    """requests and tokens that the manager was made for; it is kept between runs, as ours is"""
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         longest = len(prompts[0]) + new_tokens
+        if self.held != (len(prompts), new_tokens):
+            self.close()
+            self.held = len(prompts), new_tokens
         outputs = self.llama.generate_batch(
             [list(prompt) for prompt in prompts],
             generation_config=self.settings(new_tokens),
@@ -70,5 +75,11 @@ class ContinuousBatch(StaticBatch):
                 max_requests_per_batch=len(prompts),
                 allow_block_sharing=False,
             ),
+            persistent_manager=True,
         )
         return [output.generated_tokens for output in outputs.values()]
+
+    def close(self) -> None:
+        if self.held is not None:
+            self.llama.destroy_cached_continuous_batching_manager()
+        self.held = None

@@ -117,7 +117,9 @@ def build_trace(config: BenchPrefillConfig, mor: MoR, prompt_len: int) -> list[R
     if config.text is not None:
         assert config.model is not None
         text = config.text.read_text(encoding="utf-8")
-        trace = cut_prompts(trace, Tokenizer.load(config.model).encode(text))
+        trace = cut_prompts(
+            trace, Tokenizer.load(config.model, eos_token=mor.config.eos_token_id).encode(text)
+        )
     return trace
 
 

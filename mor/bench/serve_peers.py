@@ -8,6 +8,7 @@ plain model holds what it draws.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import random
 import statistics
@@ -143,10 +144,10 @@ ELSEWHERE = {"OpenVINO GenAI": "openvino_python", "vLLM CPU": "vllm_python"}
 def bench_peers(config: BenchDecodeConfig, twin: MoR, mor: MoR) -> list[dict[str, Any]]:
     """Time the twin, MoR and every peer that is installed, alone and in a batch.
 
-    Returns a row for each engine and batch, the twin's first
-    Raises  RuntimeError when a peer draws other tokens than the weights say
+    Returns a row for each engine and batch, the twin's first; one that fails is left out from there
+    on, with a line
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         peers = []
         for name, (packages, build) in PEERS.items():
@@ -157,12 +158,18 @@ def bench_peers(config: BenchDecodeConfig, twin: MoR, mor: MoR) -> list[dict[str
             if missing:
                 logger.info("%s: skipped, not installed: %s", name, ", ".join(missing))
                 continue
-            peers.append(build(config, twin))
+            try:
+                peers.append(build(config, twin))
+            except Exception as error:  # of another engine: ours and the others still count
+                logger.warning("%s: left out, it did not start: %s", name, error)
+                continue
             stack.callback(peers[-1].close)
         for batch in sorted({1, *config.in_flight}):
             name = f"mor{mor.config.num_recursions}"
             ours = [OurPeer("twin", twin, batch), OurPeer(name, mor, batch)]
-            rows += _time_batch(config, twin, [*ours, *peers], batch)
+            found, failed = _time_batch(config, twin, [*ours, *peers], batch)
+            rows += found
+            peers = [peer for peer in peers if peer.name not in failed]
     return rows
 
 
@@ -172,7 +179,8 @@ def missing_of(packages: Sequence[str]) -> list[str]:
 
 def _time_batch(
     config: BenchDecodeConfig, twin: MoR, peers: Sequence[Peer], batch: int
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Return a row for each engine, and the names of those that failed; ours may not."""
     draw = random.Random(config.seed)
     vocab = twin.config.vocab_size
     prompts = [[draw.randrange(vocab) for _ in range(PROMPT_LEN)] for _ in range(batch)]
@@ -180,19 +188,38 @@ def _time_batch(
     times: dict[str, list[float]] = {peer.name: [] for peer in peers}
     gaps, plain = {}, copy.deepcopy(twin).float()
     with progress(f"engines, batch of {batch}", config.num_rounds + 1) as bar:
-        for peer in peers:
+        failed: set[str] = set()
+
+        def attempt(peer: Peer, what: Callable[[], None]) -> None:
+            try:
+                what()
+            except Exception as error:
+                if isinstance(peer, OurPeer):
+                    raise
+                logger.warning("%s: left out of batch %d: %s", peer.name, batch, error)
+                failed.add(peer.name)
+
+        def warm(peer: Peer) -> None:
             tokens = peer.run(prompts, VERIFIED_TOKENS)
             gaps[peer.name] = _check(peer, plain, prompts, tokens)
+            peer.run(prompts, new_tokens)  # as it is timed, so that nothing is built then
+
+        def timed(peer: Peer) -> None:
+            start_s = time.perf_counter()
+            tokens = peer.run(prompts, new_tokens)
+            times[peer.name].append(time.perf_counter() - start_s)
+            if any(len(one) != new_tokens for one in tokens):
+                raise RuntimeError(f"it drew other than {new_tokens} tokens for a prompt")
+
+        for peer in peers:
+            attempt(peer, functools.partial(warm, peer))
         bar.advance(1, note="verified")
         for round_ in range(config.num_rounds):
-            for peer in in_order(list(peers), round_):
-                start_s = time.perf_counter()
-                tokens = peer.run(prompts, new_tokens)
-                times[peer.name].append(time.perf_counter() - start_s)
-                assert all(len(one) == new_tokens for one in tokens), peer.name
+            for peer in in_order([one for one in peers if one.name not in failed], round_):
+                attempt(peer, functools.partial(timed, peer))
             bar.advance(1)
     rows = []
-    for peer in peers:
+    for peer in (one for one in peers if one.name not in failed):
         ratio = spread(times[peer.name], times["twin"])
         rows.append(
             {
@@ -207,7 +234,7 @@ def _time_batch(
                 "largest_gap": gaps[peer.name],
             }
         )
-    return rows
+    return rows, failed
 
 
 def _check(

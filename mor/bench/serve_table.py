@@ -141,7 +141,9 @@ def verdict(result: dict[str, Any]) -> list[str]:
                     "again with nothing else running"
                 )
         least = min(cell["efficiency"], cell["twin_efficiency"])
+        is_valid = all(row["is_valid"] for row in cell["rows"])
         outcome = "met" if least >= EFFICIENCY_TARGET else "missed"
+        outcome = outcome if is_valid else "not told: a run is invalid"
         lines.append(
             f"{name}: {cell['speedup_fixed_batch']:.2f} times its twin, "
             f"{cell['speedup_max_batch']:.2f} in equal bytes; efficiency {cell['efficiency']:.3f}, "

@@ -185,8 +185,8 @@ def time_rounds(
 
 
 def in_order(contenders: Sequence[Timed], round_: int) -> list[Timed]:
-    """Return the order of a round: it begins one further each time, every other one backwards."""
-    first = round_ % len(contenders)
+    """Return the order of a round: forwards, then backwards, then so from the next one on."""
+    first = round_ // 2 % len(contenders)
     order = [*contenders[first:], *contenders[:first]]
     return order[::-1] if round_ % 2 else order
 

@@ -26,9 +26,13 @@ def main() -> None:
 
 def serve(answers) -> None:
     about = json.loads(sys.stdin.readline())
+    own = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    cores = sorted(own)[: about["threads"]]
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": KV_GIB,
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{about['threads'] - 1}",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(about["threads"]),

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mor.checkpoint import WEIGHTS, load_model
+from mor.checkpoint import load_model
 from mor.data.loader import PreparedData
 from mor.engine.config import EngineConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.evals.depth import bound_depth
 from mor.evals.loss import check_lengths, measure_split
-from mor.evals.tasks import Subject, answer_tasks, retention, summary
-from mor.files import sha256_file, write_text
+from mor.evals.tasks import Subject, answer_tasks, answers_key, retention, summary
+from mor.files import write_text
 from mor.log import human_bytes, human_count, logger, progress
 from mor.model import cost
 from mor.model.mor import MoR
@@ -81,6 +81,8 @@ def compare(
         raise ValueError("nothing to measure; give --data, or --tasks and --data-dir")
     if out is not None:
         require_report_extra()
+        if not out.parent.is_dir():
+            raise ValueError(f"{out.parent} does not exist; make it, or give another --out")
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     rows = [_row("parent", parent, where, kind), *_depths(folder, where, kind)]
@@ -91,6 +93,10 @@ def compare(
         context = check_lengths(models, limit_tokens=limit_tokens, context=context)
         for row in rows:
             data.check_tokenizer(row.folder, row.subject.model.config.eos_token_id)
+    for row in rows:
+        most, needed = row.subject.model.config.max_position_embeddings, PROMPT_LEN + NEW_TOKENS
+        if most < needed:
+            raise ValueError(f"{row.folder} takes {most} tokens; speed is measured with {needed}")
     lines, answered = [], []
     for row in rows:
         logger.info("%s", row.label)
@@ -137,9 +143,11 @@ def folders_of(beside: Sequence[str]) -> dict[str, Path]:
 
 def _row(label: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Row:
     model = load_model(folder, dtype=dtype, device=device)
-    key = f"{sha256_file(folder / WEIGHTS)}-{dtype}-0"
+    tokenizer = Tokenizer.load(folder, eos_token=model.config.eos_token_id)
     everyone = model.config.capacity if set(model.config.capacity) == {1.0} else None
-    return Row(label, folder, Subject(model, Tokenizer.load(folder), key, dtype), everyone)
+    return Row(
+        label, folder, Subject(model, tokenizer, answers_key(folder, dtype, 0), dtype), everyone
+    )
 
 
 def _depths(folder: Path, device: torch.device, dtype: torch.dtype) -> list[Row]:

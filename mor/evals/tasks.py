@@ -74,14 +74,22 @@ def run_tasks(
     items = _items(tasks, data_dir, limit=limit, num_fewshot=num_fewshot)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    model, tokenizer = load_model(folder, device=where), Tokenizer.load(folder)
+    model = load_model(folder, device=where)
+    tokenizer = Tokenizer.load(folder, eos_token=model.config.eos_token_id)
     if kind == torch.bfloat16:
         model = model.to(kind)
     if max_recursions:
         bound_depth(model, most=max_recursions)
-    key = f"{sha256_file(folder / WEIGHTS)}-{kind}-{max_recursions}"
+    key = answers_key(folder, kind, max_recursions)
     subject = Subject(model, tokenizer, key, kind)
     return {task: _answer(subject, task, some, cache) for task, some in items.items()}
+
+
+def answers_key(folder: Path, dtype: torch.dtype, max_recursions: int) -> str:
+    """Tell a model's answers from those of others: by all that decides them."""
+    files = [folder / name for name in (WEIGHTS, "config.json", "tokenizer.json")]
+    told = "".join(sha256_file(file) for file in files)
+    return f"{hashlib.sha256(told.encode()).hexdigest()}-{dtype}-{max_recursions}"
 
 
 class Subject(NamedTuple):
@@ -233,7 +241,7 @@ def summary(judged: dict[str, list[Judged]]) -> dict[str, Any]:
             line |= {"acc_norm": float(np.mean(norm)), "acc_norm_stderr": stderr(norm)}
         if task == "lambada_openai":
             nats = [one.answer.log_likelihoods[0] for one in some]
-            line["perplexity"] = math.exp(-float(np.mean(nats)))
+            line["perplexity"] = math.exp(min(-float(np.mean(nats)), 700))
         line["main"] = line.get("acc_norm", line["acc"])
         out[task] = line
     return out

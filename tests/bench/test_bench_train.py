@@ -18,6 +18,7 @@ from mor.bench import train as bench
 from mor.bench.config import PEER, ROWS, SHAPES, BenchTrainConfig, RowName, Shape, row_config
 from mor.bench.contender import Contender, Job, OurContender, RandomBatches
 from mor.bench.table import print_table, verdict
+from mor.bench.train import in_order
 from mor.cli import main
 from mor.config import ModelConfig
 from mor.model import cost
@@ -256,3 +257,12 @@ def test_the_command_prints_its_table_or_one_json_object(monkeypatch: Patch, cap
     assert "mor3 spends 0." in said.err
     assert main(flags) == 0
     assert "time / FLOPs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_everyone_goes_before_everyone_else_equally_often(count: int):
+    names: list[Any] = [str(number) for number in range(count)]
+    orders = [in_order(names, round_) for round_ in range(2 * count)]
+    for a, b in itertools.combinations(names, 2):
+        assert sum(order.index(a) < order.index(b) for order in orders) == count
+    assert sorted(order[0] for order in orders) == sorted(names * 2)

@@ -185,5 +185,7 @@ def test_what_serving_costs_is_told_by_rounds(tiny_run: Path, tmp_path: Path):
 
 
 def test_the_bare_engine_takes_random_ids_alone():
+    with pytest.raises(ValueError, match=r"rate is 2.0, but bare asks as fast as it can"):
+        BenchServeConfig(bare=Path("model"), rate=2.0)
     with pytest.raises(ValueError, match="bare compares completions of random token ids"):
         BenchServeConfig(bare=Path("model"), trace=Path("trace.jsonl"))

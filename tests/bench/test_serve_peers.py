@@ -83,15 +83,23 @@ class Wrong:
         pass
 
 
-def test_a_peer_with_other_weights_is_found(monkeypatch: pytest.MonkeyPatch):
+def test_a_peer_that_fails_or_has_other_weights_is_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+):
     twin, mor = models()
 
-    def build(config: BenchDecodeConfig, twin: MoR) -> Peer:
+    def wrong(config: BenchDecodeConfig, twin: MoR) -> Peer:
         return Wrong()
 
-    monkeypatch.setattr(serve_peers, "PEERS", {"wrong": ((), build)})
-    with pytest.raises(RuntimeError, match="wrong draws a token that is"):
-        bench_peers(config(), twin, mor)
+    def broken(config: BenchDecodeConfig, twin: MoR) -> Peer:
+        raise RuntimeError("no such thing here")
+
+    monkeypatch.setattr(serve_peers, "PEERS", {"wrong": ((), wrong), "broken": ((), broken)})
+    with caplog.at_level(logging.WARNING):
+        rows = bench_peers(config(), twin, mor)
+    assert [row["name"] for row in rows] == ["twin", "mor3", "twin", "mor3"]  # of batch 1 and 2
+    assert "broken: left out, it did not start: no such thing here" in caplog.text
+    assert "wrong: left out of batch 1: wrong draws a token that is" in caplog.text
 
 
 FAKE_VLLM = """

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,12 @@ def test_a_killed_run_goes_on_and_another_model_begins_anew(
     again = run_tasks(tiny_run / "model", ["piqa"], data_dir, **settings)
     assert asked[-1] == 0 and again == whole
     run_tasks(tiny_run / "model", ["piqa"], data_dir, max_recursions=1, **settings)
+    assert asked[-1] == 12
+    other = tmp_path / "other"  # of the same weights, which do not say all
+    shutil.copytree(tiny_run / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
+    run_tasks(other, ["piqa"], data_dir, **settings)
     assert asked[-1] == 12
 
 
