@@ -151,11 +151,11 @@ def train(
     state: dict[str, Any] = {"step": 0, "seconds": 0.0}
     if resume:
         state = checkpoints.load_newest(model, optimizer) or state
+        logger.info("resuming %s at step %d of %d", out, state["step"], num_steps)
     if taught is not None:
         parent_loss = state.get("parent_loss")
         if parent_loss is None:
             parent_loss = measure_loss(taught.parent, heldout, dtype=dtype).loss
-        logger.info("resuming %s at step %d of %d", out, state["step"], num_steps)
     if config.fit_tokens and state["step"] == 0:
         samples = range(0, -(-config.fit_tokens // config.context), config.micro_batch_rows)
         fit_exits(model, [loader.batch(n, config.micro_batch_rows) for n in samples], dtype=dtype)
@@ -164,7 +164,7 @@ def train(
     meter = RoutingMeter(model, config.context)
     eval_every = config.eval_every or max(1, num_steps // 10)
     checkpoint_every = config.checkpoint_every or max(1, num_steps // 10)
-    peak_before = state.get("peak_bytes", 0)
+    peak_before = state.setdefault("peak_bytes", 0)
     reset_peak_memory(device)
     first_step, start_s = state["step"], time.monotonic() - state["seconds"]
     log_s, log_step = time.monotonic(), first_step
