@@ -379,7 +379,7 @@ CASES: list[tuple[str, Callable[[World, Patch], None], str, list[str]]] = [
                 ("--model.router-score softmax", ["not expert_choice; use sigmoid"]),
                 ("--model.router-balance bias", ["not expert_choice; use loss"]),
                 ("--model.router random --model.router-aux router", ["not random; use loss"]),
-                ("--model.router random --model.capacity-warmup-steps 2", ["not random; use 0"]),
+                ("--model.router fixed --model.capacity-warmup-steps 2", ["not fixed; use 0"]),
                 ("--model.sharing none --model.kv-strategy hybrid", ["kv_strategy hybrid needs a"]),
                 ("--model.sharing none --model.relax-norms", ["relax_norms needs a block"]),
                 ("--model.sharing none --model.lora-rank 2", ["lora_rank 2 needs a block"]),

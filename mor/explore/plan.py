@@ -8,7 +8,7 @@ from typing import Any
 from mor.config import ModelConfig
 from mor.log import human_bytes, human_count
 from mor.model import cost
-from mor.train.config import Recipe, TrainConfig, check_context, check_warmup
+from mor.train.config import Recipe, TrainConfig, check_context, check_routing
 
 ELEMENT_BYTES = 2  # served weights, keys and values in bf16
 
@@ -20,7 +20,7 @@ def plan(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """
     Recipe(model=model, train=train)  # what training would refuse
     check_context(model, train)
-    check_warmup(model, train)
+    check_routing(model, train)
     own = _costs(model, train)
     twin = {f"twin_{name}": value for name, value in _costs(model.twin(), train).items()}
     steps = train.num_steps(model)

@@ -168,8 +168,13 @@ def check_fit(config: ModelConfig) -> None:
             raise ValueError(f"fit_tokens needs {name} {wanted[0]}, it is {value}")
 
 
-def check_warmup(model: ModelConfig, train: TrainConfig) -> None:
-    """Raise ValueError when capacities would not reach their target within a training."""
+def check_routing(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ValueError when a training would not bring routing to where it is to be.
+
+    Exits that cannot be fitted, capacities that do not reach their target within its steps
+    """
+    if train.fit_tokens:
+        check_fit(model)
     steps, warmup = train.num_steps(model), model.capacity_warmup_steps
     left = steps - num_shallow_steps(steps, train.shallow_share)
     if warmup > left:
@@ -207,8 +212,6 @@ class Recipe:
                 f"shallow_share is {self.train.shallow_share}, but with sharing "
                 f"{self.model.sharing} one recursion does not hold all layers; use 0"
             )
-        if self.train.fit_tokens:
-            check_fit(self.model)
 
 
 RECIPE_TABLES: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}

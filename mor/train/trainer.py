@@ -32,7 +32,7 @@ from mor.train.config import (
     Recipe,
     TrainConfig,
     check_context,
-    check_warmup,
+    check_routing,
     recipe_to_dict,
     with_defaults,
 )
@@ -117,7 +117,7 @@ def train(
             )
     recipe = dataclasses.replace(recipe, model=fitted)
     config = recipe.train
-    check_warmup(recipe.model, config)
+    check_routing(recipe.model, config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     loader = TrainLoader(

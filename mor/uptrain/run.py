@@ -21,7 +21,7 @@ from mor.files import atomic_folder, only_one, read_json, remove_leftovers, writ
 from mor.log import logger
 from mor.model.cost import num_shallow_steps
 from mor.ops.device import pick_device, pick_dtype
-from mor.train.config import Recipe, TrainConfig, check_context, check_warmup
+from mor.train.config import Recipe, TrainConfig, check_context, check_routing
 from mor.train.heldout import measure_loss
 from mor.train.trainer import SUMMARY, Teaching, held_batches, train
 from mor.uptrain.config import SELF, Stage, UptrainConfig, UptrainRecipe, load_uptrain_recipe
@@ -143,7 +143,7 @@ def _stage_models(recipe: UptrainRecipe, start: ModelConfig) -> list[ModelConfig
         try:
             Recipe(model=models[-1], train=stage.train)
             check_context(models[-1], stage.train)
-            check_warmup(models[-1], stage.train)
+            check_routing(models[-1], stage.train)
             for name in ("num_routers", "router_outputs"):
                 if getattr(models[-1], name) != getattr(start, name):
                     raise ValueError(
