@@ -189,9 +189,10 @@ def _lines() -> Iterator[str]:
 
     while True:
         try:
-            if not sys.stdout.isatty():  # stdout is for the answers, or for JSON
+            prompt = "> " if sys.stdout.isatty() else ""
+            if not prompt:  # stdout is for the answers, or for JSON
                 print("> ", end="", file=sys.stderr, flush=True)
-            line = input("> " if sys.stdout.isatty() else "").strip()
+            line = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return

@@ -115,6 +115,8 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _no_split_modules = ["Stack"]  # noqa: RUF012, as in transformers
     _supports_sdpa = True
+    _is_warm = False
+    """no warm-up of capacities is left"""
 
     def __init__(self, config: MorConfig) -> None:
         super().__init__(config)
@@ -223,10 +225,9 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
                 "nn.DataParallel is not supported; set CUDA_VISIBLE_DEVICES to one GPU, or use "
                 "torchrun"
             )
-        if is_training:
-            _check_schedule(self.core)
-
         core = self.core
+        if is_training and not self._is_warm:
+            self._is_warm = _check_schedule(core)
         padded = _read_mask(attention_mask, input_ids, cache)
         if cache is not None and cache.kv is None:
             cache.kv = core.new_cache(len(input_ids))
@@ -319,14 +320,18 @@ class MorTokenizer(PreTrainedTokenizerFast):
         return tokenizer
 
 
-def _check_schedule(core: MoR) -> None:
-    """Refuse to train amid a warm-up of capacities: `mor train` alone counts its steps."""
+def _check_schedule(core: MoR) -> bool:
+    """Refuse to train amid a warm-up of capacities: `mor train` alone counts its steps.
+
+    Returns True, since none begins later; it asks the device, so once will do
+    """
     warmup = core.config.capacity_warmup_steps
     if warmup and int(core.model.router(0).get_buffer("steps_done")) < warmup:
         raise ValueError(
             f"capacity_warmup_steps is {warmup} and has not ended; mor train alone counts its "
             "steps: go on with that first"
         )
+    return True
 
 
 def _refuse_foreign(model: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:

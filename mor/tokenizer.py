@@ -90,9 +90,12 @@ class Tokenizer:
 
         Raises ValueError for half a surrogate pair, as bytes that are no UTF-8 become
         """
-        if not _is_whole(text):
-            raise ValueError("the text is no UTF-8; write it anew, or leave out what is broken")
-        return self._raw.encode(text, add_special_tokens=False).ids
+        try:
+            return self._raw.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError(
+                "the text is no UTF-8; write it anew, or leave out what is broken"
+            ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text; the texts are spread over the processor's cores."""
@@ -248,11 +251,3 @@ def _byte_level_alphabet() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     plain = {chr(byte): byte for byte in printable}
     return plain | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

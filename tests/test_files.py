@@ -12,6 +12,7 @@ from mor.files import (
     atomic_file,
     atomic_folder,
     claim_folder,
+    only_one,
     read_json,
     remove_leftovers,
     sha256_file,
@@ -117,3 +118,10 @@ def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_what_fails_within_a_held_folder_is_not_taken_for_another_run(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match="a pipe is full"), only_one(tmp_path):
+        raise BlockingIOError("a pipe is full")
+    with only_one(tmp_path):
+        pass

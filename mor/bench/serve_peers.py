@@ -8,7 +8,6 @@ plain model holds what it draws.
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 import random
 import statistics
@@ -190,9 +189,9 @@ def _time_batch(
     with progress(f"engines, batch of {batch}", config.num_rounds + 1) as bar:
         failed: set[str] = set()
 
-        def attempt(peer: Peer, what: Callable[[], None]) -> None:
+        def attempt(peer: Peer, what: Callable[[Peer], None]) -> None:
             try:
-                what()
+                what(peer)
             except Exception as error:
                 if isinstance(peer, OurPeer):
                     raise
@@ -212,11 +211,11 @@ def _time_batch(
                 raise RuntimeError(f"it drew other than {new_tokens} tokens for a prompt")
 
         for peer in peers:
-            attempt(peer, functools.partial(warm, peer))
+            attempt(peer, warm)
         bar.advance(1, note="verified")
         for round_ in range(config.num_rounds):
             for peer in in_order([one for one in peers if one.name not in failed], round_):
-                attempt(peer, functools.partial(timed, peer))
+                attempt(peer, timed)
             bar.advance(1)
     rows = []
     for peer in (one for one in peers if one.name not in failed):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mor.config import ModelConfig
 from mor.data.manifest import DTYPE_BYTES, Manifest
 from mor.log import logger
 from mor.tokenizer import Tokenizer
@@ -124,14 +125,19 @@ class PreparedData:
             )
         return tokenizer
 
-    def check_tokenizer(self, model: Path, eos_token_id: int | None) -> None:
-        """Raise ValueError where a model's folder has another tokenizer than the shards."""
+    def check_model(self, model: Path, config: ModelConfig) -> None:
+        """Raise ValueError where a model's folder does not know the shards' tokens."""
+        if self.manifest.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"{self.folder} has token ids beyond the model's vocabulary of "
+                f"{config.vocab_size} entries; prepare the text with the model's tokenizer"
+            )
         if not (model / "tokenizer.json").is_file():
             logger.warning(
                 "%s has no tokenizer.json; trusting that the data's ids are its own", model
             )
             return
-        tokenizer = Tokenizer.load(model, eos_token=eos_token_id)
+        tokenizer = Tokenizer.load(model, eos_token=config.eos_token_id)
         if tokenizer.fingerprint() != self.tokenizer().fingerprint():
             raise ValueError(
                 f"{self.folder} was prepared with another tokenizer than {model} has; prepare the "

@@ -92,7 +92,7 @@ def compare(
         models = [row.subject.model for row in rows]
         context = check_lengths(models, limit_tokens=limit_tokens, context=context)
         for row in rows:
-            data.check_tokenizer(row.folder, row.subject.model.config.eos_token_id)
+            data.check_model(row.folder, row.subject.model.config)
     for row in rows:
         most, needed = row.subject.model.config.max_position_embeddings, PROMPT_LEN + NEW_TOKENS
         if most < needed:

@@ -38,12 +38,7 @@ def evaluate_folder(
     model = load_model(folder, device=pick_device(device))
     data = PreparedData.open(data_folder)
     context = check_lengths([model], limit_tokens=limit_tokens, context=context)
-    if data.manifest.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{data_folder} has token ids beyond the model's vocabulary of "
-            f"{model.config.vocab_size} entries; prepare the text with the model's tokenizer"
-        )
-    data.check_tokenizer(folder, model.config.eos_token_id)
+    data.check_model(folder, model.config)
     tokens = data.split(split)
 
     def measure(rule: Rule) -> HeldoutResult:

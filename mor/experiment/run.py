@@ -212,7 +212,11 @@ class _Run:
         return best
 
     def _pace(self, data: PreparedData, model: Entry, size: Entry) -> float:
-        """Return tokens a second, measured for all models of a size in turn, once."""
+        """Return tokens a second, measured for all models of a size in turn, once.
+
+        Models that came later are measured by themselves, and a line says so: the others' trainings
+        were sized by the paces that are kept
+        """
         if (size.name, model.name) not in self.paces:
             name = f"pace_{size.name}" if size.name else "pace"
             kept = self.results.by_name.get(name, {})
@@ -227,6 +231,12 @@ class _Run:
                     for one in self.experiment.models
                     if one.name not in known  # a model's pace decides its members: it stays
                 }
+                if known:
+                    logger.warning(
+                        "the paces of %s are of an earlier measurement; only %s is measured now, "
+                        "perhaps on a machine that is busier or less so",
+                        *(", ".join(sorted(some)) for some in (known, recipes)),
+                    )
                 paces = measure_paces(recipes, data)
                 paces["tokens_per_s"] = {**known, **paces["tokens_per_s"]}
                 kept = self.results.add(

@@ -406,7 +406,6 @@ def training_bytes(
     floats = whole * saved_floats_per_token(config) + inputs * config.hidden_size
     stream = config.hidden_size * (4 + 2 * config.num_recursions)
     activations = micro_batch_tokens * (floats + stream) * element_bytes
-    layer = sum(inputs * outputs for inputs, outputs in _projection_sizes(config).values())
     trained, layers = count_params(config).unique, config.num_unique_layers
     if freeze != "none":
         heads = 1 if config.tie_word_embeddings else 2
@@ -414,5 +413,5 @@ def training_bytes(
     if freeze == "prelude":
         trained -= config.num_prelude_layers * layer_params(config)
         layers -= config.num_prelude_layers
-    moments = 2 * trained - (layers * layer if optimizer == "muon" else 0)
+    moments = 2 * trained - (layers * linear_flops(config) // 2 if optimizer == "muon" else 0)
     return 4 * (count_params(config).unique + trained + moments) + activations

@@ -21,7 +21,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not supported; use cpu, cuda or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name}, but this PyTorch sees no GPU; use cpu")
-    if device.index is not None and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         raise ValueError(
             f"device is {name}; kernels run on the first GPU that is seen: use cuda, and "
             f"CUDA_VISIBLE_DEVICES={device.index} to say which that is"

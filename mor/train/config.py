@@ -138,6 +138,11 @@ class TrainConfig:
             return max(1, round(self.budget_tokens / self.batch_tokens))
         return max(1, round(self.steps_for(model, self.budget_flops)))
 
+    def num_deep_steps(self, model: ModelConfig) -> int:
+        """Optimizer steps in which tokens may take more than one recursion."""
+        steps = self.num_steps(model)
+        return steps - num_shallow_steps(steps, self.shallow_share)
+
     def steps_for(self, model: ModelConfig, flops: float) -> float:
         """Optimizer steps that so many FLOPs pay for, the last of them in part."""
         return steps_for(
@@ -175,8 +180,7 @@ def check_routing(model: ModelConfig, train: TrainConfig) -> None:
     """
     if train.fit_tokens:
         check_fit(model)
-    steps, warmup = train.num_steps(model), model.capacity_warmup_steps
-    left = steps - num_shallow_steps(steps, train.shallow_share)
+    warmup, left = model.capacity_warmup_steps, train.num_deep_steps(model)
     if warmup > left:
         raise ValueError(
             f"capacity_warmup_steps is {warmup}, the training has {left} steps for it: capacities "

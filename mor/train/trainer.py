@@ -109,12 +109,7 @@ def train(
         taken = ("vocab_size", "bos_token_id", "eos_token_id")
         kept = {name: getattr(recipe.model, name) for name in taken}
         fitted = dataclasses.replace(fitted, **kept)
-        data.check_tokenizer(start, fitted.eos_token_id)
-        if data.manifest.vocab_size > fitted.vocab_size:
-            raise ValueError(
-                f"the data has token ids up to {data.manifest.vocab_size - 1}, {start} a "
-                f"vocabulary of {fitted.vocab_size}; prepare the text with its tokenizer"
-            )
+        data.check_model(start, fitted)
     recipe = dataclasses.replace(recipe, model=fitted)
     config = recipe.train
     check_routing(recipe.model, config)

@@ -19,7 +19,6 @@ from mor.convert.convert import convert
 from mor.data.loader import PreparedData
 from mor.files import atomic_folder, only_one, read_json, remove_leftovers, write_json
 from mor.log import logger
-from mor.model.cost import num_shallow_steps
 from mor.ops.device import pick_device, pick_dtype
 from mor.train.config import Recipe, TrainConfig, check_context, check_routing
 from mor.train.heldout import measure_loss
@@ -204,9 +203,7 @@ def _stage(
 
 def _warm_within(model: ModelConfig, train: TrainConfig) -> ModelConfig:
     """Return a model whose capacities reach their target within a training that was cut short."""
-    steps = train.num_steps(model)
-    left = steps - num_shallow_steps(steps, train.shallow_share)
-    warmup = min(model.capacity_warmup_steps, left)
+    warmup = min(model.capacity_warmup_steps, train.num_deep_steps(model))
     return dataclasses.replace(model, capacity_warmup_steps=warmup)
 
 

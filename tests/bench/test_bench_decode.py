@@ -19,7 +19,7 @@ from mor.bench.serve_config import BenchDecodeConfig
 from mor.bench.serve_models import build_model
 from mor.bench.serve_report import HEADLINE, longest_context, speedup_bound
 from mor.bench.serve_table import print_decode, verdict
-from mor.bench.verify import check_mean_depth, verify
+from mor.bench.verify import SHORT_PROMPT, check_mean_depth, verify
 from mor.bench.workload import make_trace
 from mor.cli import main
 from mor.engine.blocks import Layout
@@ -86,6 +86,7 @@ def test_verdict_marks_a_run_that_beats_its_kernels(result):
     rows: list[dict[str, Any]] = [row | {"is_valid": True} for row in cell["rows"]]
     rows[0].update({"efficiency": 1.05, "is_valid": False})
     lines = verdict({"cells": [cell | {"rows": rows}]})
+    assert any("target 0.95 not told: a run is invalid" in line for line in lines)
     assert [line for line in lines if "INVALID" in line and "1.050 times as quick" in line]
 
 
@@ -115,6 +116,31 @@ def test_a_right_engine_is_verified_and_a_wrong_one_found():
     with torch.no_grad():
         engine.model.model.coda[0].self_attn.v_proj.weight.zero_()
     with pytest.raises(RuntimeError, match=r"mor3: the engine is .* off the plain model"):
+        verify(engine, trace, name="mor3")
+
+
+def test_where_every_prompt_holds_another_depth_short_ones_are_compared(monkeypatch: Any):
+    """Rounding turns a depth now and then; behind it nothing can be compared."""
+    trace = make_trace(2, MIX, vocab_size=64, seed=0)
+    engine = new_engine(tiny_mor(), max_requests=2, max_rows=32, max_model_len=40)
+    assert all(len(request.prompt_ids) > SHORT_PROMPT for request in trace)
+    right, lengths = engine.generate, []
+
+    def slipping(prompts: Any, params: Any) -> Any:
+        outputs = right(prompts, params)
+        lengths.extend(map(len, prompts))
+        for output in outputs:
+            if len(output.prompt_token_ids) > SHORT_PROMPT:
+                output.prompt_depths[0] += 1
+        return outputs
+
+    monkeypatch.setattr(engine, "generate", slipping)
+    monkeypatch.setattr("mor.bench.verify._check", lambda *args, **kwargs: None)
+    checked = verify(engine, trace, name="mor3")
+    assert lengths[-1] == SHORT_PROMPT
+    assert checked.num_tokens == 2 * sum(request.output_len for request in trace)
+    monkeypatch.setattr("mor.bench.verify.SHORT_PROMPT", 99)
+    with pytest.raises(RuntimeError, match="nothing is compared"):
         verify(engine, trace, name="mor3")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from mor.bench.load import Answer, bench_serve, summary
+from mor.bench.load import Answer, bench_serve, load_requests, summary
 from mor.bench.load_config import BenchServeConfig
 
 WAIT_S = 0.01
@@ -189,3 +189,13 @@ def test_the_bare_engine_takes_random_ids_alone():
         BenchServeConfig(bare=Path("model"), rate=2.0)
     with pytest.raises(ValueError, match="bare compares completions of random token ids"):
         BenchServeConfig(bare=Path("model"), trace=Path("trace.jsonl"))
+
+
+def test_requests_of_a_trace_that_warm_up_are_none_of_those_that_count(tmp_path: Path):
+    """Else their keys would lie in the server's prefix cache already."""
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"prompt_len": 9, "output_len": 2}\n' * 4)
+    config = BenchServeConfig(trace=trace, warmup=2, vocab_size=1000)
+    warm, counted = load_requests(config)[:2], load_requests(config)[2:]
+    assert len(counted) == 4
+    assert not {one.prompt_ids for one in warm} & {one.prompt_ids for one in counted}

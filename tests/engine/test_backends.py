@@ -87,7 +87,7 @@ def test_another_gpu_than_the_current_is_refused(monkeypatch: pytest.MonkeyPatch
     """Kernels are launched on the current one, and each thread has its own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert pick_device("cuda:0").index == 0
+    assert pick_device("cuda:0").index == 0 and pick_device("cpu:0").type == "cpu"
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
         pick_device("cuda:1")
 

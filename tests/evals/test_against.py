@@ -114,6 +114,8 @@ def test_the_command_writes_a_report_and_names_mistakes(
     assert "write LABEL=FOLDER" in capsys.readouterr().err
     assert main([*command, *data, "--context", "4096"]) == 2
     assert "context 4096 is longer than trained" in capsys.readouterr().err
+    assert main([*command, *data, "--out", str(tmp_path / "none" / "r.html")]) == 2
+    assert "none does not exist; make it" in capsys.readouterr().err
     assert main([*command, *data, "--also-top-k"]) == 2
     assert "--also-top-k does not go with --against" in capsys.readouterr().err
     assert main(["eval", str(tiny_run / "model"), *data, *out]) == 2

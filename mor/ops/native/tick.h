@@ -74,13 +74,13 @@ class Tick {
   // Embed tokens and run the prelude; positions and tokens stand in the state.
   bool enter(const Group* prelude, Workspace& workspace) {
     for (long n = 0; n < n_; n++) embed(s_.token[f_.rows[n]], x_.data() + n * s_.width);
-    if (prelude) own_places();
     if (s_.own_page_tokens)  // of the coda too, which stores its keys later
       for (long f = 0; f < f_.num_flights; f++) {
         s_.count[f_.slot[f] * s_.num_tables] += f_.length[f];
         s_.reserved[f_.slot[f] * s_.num_tables] -= f_.length[f];
       }
     if (prelude) {
+      own_places();
       if (!run(*prelude, s_.own_page_tokens, 0, n_, n_, workspace)) return false;
     }
     for (long n = 0; n < n_; n++) {
