@@ -1,6 +1,6 @@
 """The paper's statements beside what our kept results say: one row a claim, nothing typed.
 
-Claims of training come from the experiment `claims-SCALE`, those of speed from `throughput-SCALE`.
+Claims of training come from the experiment `claims-SCALE`; those of speed stand in `served`.
 A verdict needs two seeds and the whole interval on one side, else it is a tie, and rows that were
 not trained alike get none.
 Source: arXiv 2507.10524, tables 2 and 3, figures 3 and 4, appendix E.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from statistics import fmean
-from typing import Any, NamedTuple
 
 from mor.experiment import isoflop
+from mor.experiment.claim import Claim, Kept, machine_of, not_run, percent, why_not
 from mor.experiment.page import depth_losses
 from mor.experiment.results import Result
+from mor.experiment.served import report_of, served, slowest
 from mor.experiment.stats import Difference
 from mor.experiment.tables import (
     Row,
@@ -28,12 +29,7 @@ from mor.experiment.tables import (
 )
 from mor.log import human_bytes
 
-Kept = dict[str, list[Result]]
-"""experiment -> its results"""
-
 SCALES = ("cpu", "gpu")
-PAPER_FIXED = {2: 1.23, 3: 1.33, 4: 1.42}
-PAPER_LARGEST = {2: 1.60, 3: 1.95, 4: 2.06}
 KV_TOLERANCE = 0.02
 GOAL_PARAMS = 0.55
 GOAL_EFFICIENCY = 0.95
@@ -54,27 +50,12 @@ FEWEST_TOKENS = 10.0
 """tokens per parameter under which a model is starved"""
 
 
-class Claim(NamedTuple):
-    """A row of the table."""
-
-    claim: str
-    paper: str
-    ours: str
-    holds: str
-    machine: str
-    command: str
-    detail: str = ""
-    """what the long table says too: intervals, seeds"""
-    is_brief: bool = True
-    """stands in the short table too"""
-
-
 def claims(kept: Kept) -> list[Claim]:
     """Return the rows; one that was not run says why."""
     rows = []
     for scale in SCALES:
         rows += _trained(kept, scale)
-        rows += _served(kept, scale)
+        rows += served(kept, scale)
         rows += _sizes(kept, scale)
     rows += _enough(kept)
     rows += _few_shot()
@@ -95,20 +76,6 @@ def _judged(gap: Difference, ours: Row, other: Row) -> str:
     return {-1: "yes", 0: "tie", 1: "no"}[gap.sign]
 
 
-def _not_run(claim: str, paper: str, why: str, command: str) -> Claim:
-    return Claim(claim, paper, "", f"not run: {why}", "", command)
-
-
-def _why(scale: str) -> str:
-    return "no GPU was at hand" if scale == "gpu" else "no result is kept"
-
-
-def _machine(results: Sequence[Result]) -> str:
-    about = results[0]["machine"]
-    named = [about.get("gpu") or about.get("processor", ""), f"{about.get('cores', '?')} cores"]
-    return ", ".join(part for part in named if part)
-
-
 def _command(*rows: Row) -> str:
     """Return the command that runs the trainings of these rows, by their whole names."""
     results = [one for row in rows for one in row.results]
@@ -124,10 +91,10 @@ def _trained(kept: Kept, scale: str) -> Iterator[Claim]:
     command = f"mor experiment recipes/experiments/claims-{scale}.toml --data DATA --out OUT"
     same = next((table for table in found if table.kind == "same_flops"), None)
     if same is None:
-        yield _not_run(
+        yield not_run(
             f"Same FLOPs ({scale}): a MoR of half the parameters has the lower loss",
             "MoR-2 2.7511 and MoR-3 2.7925 against 2.7824",
-            _why(scale),
+            why_not(scale),
             command,
         )
         return
@@ -183,7 +150,7 @@ def _quality(scale: str, table: Table, ours: Row, *, is_best: bool) -> Iterator[
             paper,
             f"{_losses(ours, other)}; {_tokens(ours, other)}{_arithmetic(ours, other)}",
             _judged(gap, ours, other),
-            _machine(ours.results),
+            machine_of(ours.results),
             _command(ours, other),
             f"{told(gap)}, {_seeds(gap)}",
             is_brief=is_best or other is vanilla,
@@ -236,10 +203,10 @@ def _enough(kept: Kept) -> Iterator[Claim]:
     title = "As many tokens as each can use"
     found = tables(kept.get("tokens-cpu", []))
     if not found:
-        yield _not_run(
+        yield not_run(
             f"{title} (cpu): MoR has a lower loss than its vanilla twin",
             "not stated",
-            _why("cpu"),
+            why_not("cpu"),
             "mor experiment recipes/experiments/tokens-cpu.toml --data DATA --out OUT",
         )
         return
@@ -266,10 +233,10 @@ def _beside(
     yield Claim(
         f"{title}: MoR has a lower loss than {words}",
         paper,
-        f"{_losses(ours, other)}; training FLOPs {_percent(flops)}, "
+        f"{_losses(ours, other)}; training FLOPs {percent(flops)}, "
         f"{_tokens(ours, other)}{_arithmetic(ours, other)}",
         _judged(gap, ours, other),
-        _machine(ours.results),
+        machine_of(ours.results),
         _command(ours, other),
         f"{told(gap)}, {_seeds(gap)}",
     )
@@ -279,7 +246,7 @@ def _inside(scale: str, table: Table) -> Iterator[Claim]:
     """What is measured of one MoR: keys and values, depth at test time, the leak of top-k."""
     best = _best(table)
     for row in (row for row in table.rows if row.kind == "mor"):
-        command, machine, is_brief = _command(row), _machine(row.results), row is best
+        command, machine, is_brief = _command(row), machine_of(row.results), row is best
         if "loss_up_to_depth" in row.results[0]:
             losses = depth_losses(row)
             falls = all(a - b > SMALLEST for a, b in itertools.pairwise(losses))
@@ -344,142 +311,18 @@ def _goal(kept: Kept, scale: str, table: Table) -> Claim:
     best = _best(table)
     vanilla = None if best is None else table.twin_of(best)
     if best is None or vanilla is None:
-        return _not_run(claim, "", "no such rows are kept", "")
+        return not_run(claim, "", "no such rows are kept", "")
     gap = table.compare(best, vanilla)
     share = best.mean("params_nonembedding") / vanilla.mean("params_nonembedding")
     verdict = "" if gap is None else _judged(gap, best, vanilla)
     is_good = gap is not None and gap.mean <= 0 and share <= GOAL_PARAMS
-    report = _report(kept, scale, "decode-135m")
-    served, words = _slowest(report) if report else (math.nan, "not served")
+    report = report_of(kept, scale, "decode-135m")
+    efficiency, words = slowest(report) if report else (math.nan, "not served")
     ours = f"{best.label}: {told(gap)} at {100 * share:.0f} % of the parameters; {words}"
-    holds = "yes" if is_good and served >= GOAL_EFFICIENCY else "in part" if is_good else "no"
+    holds = "yes" if is_good and efficiency >= GOAL_EFFICIENCY else "in part" if is_good else "no"
     if is_good and verdict not in ("yes", "tie"):
         holds = verdict  # one seed, or not like for like
-    return Claim(claim, "", ours, holds, _machine(best.results), _command(best, vanilla))
-
-
-def _slowest(report: dict[str, Any]) -> tuple[float, str]:
-    """Return the least of its bound that a MoR of a report reached, and which that was."""
-    regimes = {"fixed_batch": "at equal requests", "max_batch": "at equal bytes"}
-    served, recursions, regime = min(
-        (row["efficiency"], cell["recursions"], row["regime"])
-        for cell in report["cells"]
-        for row in cell["rows"]
-        if row["side"] == "mor"
-    )
-    return served, (
-        f"the 135M shape, drawn depths, reaches {served:.2f} at least (MoR-{recursions}, "
-        f"{regimes[regime]})"
-    )
-
-
-def _report(kept: Kept, scale: str, member: str) -> dict[str, Any] | None:
-    """Return what `mor bench` printed for a member of the throughput experiment."""
-    for result in kept.get(f"throughput-{scale}", []):
-        if result["member"] == member and result["outcome"] == "done":
-            return result["report"]
-    return None
-
-
-def _served(kept: Kept, scale: str) -> Iterator[Claim]:
-    """Claims of speed and memory, from `mor bench`."""
-    results = kept.get(f"throughput-{scale}", [])
-    benches = [one for one in results if one["outcome"] == "done"]
-    if not benches:
-        yield _not_run(
-            f"Throughput ({scale}): MoR serves up to 2.06 times its twin's tokens",
-            "1.23 / 1.33 / 1.42 at 32 in flight, 1.60 / 1.95 / 2.06 at equal bytes (MoR-2, 3, 4; "
-            "prompts and cache writes left out)",
-            _why(scale),
-            "mor bench decode --recursions 2 3 4 --json",
-        )
-        return
-    for result in benches:
-        report, args = result["report"], " ".join(result["args"])
-        about = (_machine([result]), f"mor bench {args} --json")
-        kind = result["args"][0]
-        if kind == "decode":
-            yield from _decoded(scale, result["member"], report, about)
-        elif kind == "train":
-            yield from _stepped(
-                f"{scale}, shape {result['member'].removeprefix('train-')}", report, about
-            )
-        elif kind == "prefill":
-            yield from _prefilled(scale, report, about)
-
-
-def _decoded(
-    scale: str, name: str, report: dict[str, Any], about: tuple[str, str]
-) -> Iterator[Claim]:
-    """Tokens a second at the same requests in flight, and at the same bytes."""
-    cells = report["cells"]
-    bounds = ", ".join(f"{cell['speedup_bound']:.2f}" for cell in cells)
-    for regime, words, paper in (
-        ("fixed_batch", f"at {cells[0]['in_flight']} in flight", PAPER_FIXED),
-        ("max_batch", "at equal bytes of keys and values", PAPER_LARGEST),
-    ):
-        said = [f"MoR-{cell['recursions']} {cell[f'speedup_{regime}']:.2f}" for cell in cells]
-        quartiles = [
-            f"{cell[f'speedup_{regime}_q1']:.2f}-{cell[f'speedup_{regime}_q3']:.2f}"
-            for cell in cells
-        ]
-        shares = [
-            f"{_efficiency(cell, regime, 'mor'):.2f} ({_efficiency(cell, regime, 'twin'):.2f})"
-            for cell in cells
-        ]
-        reached = [cell[f"speedup_{regime}"] >= paper[cell["recursions"]] for cell in cells]
-        quicker = all(cell[f"speedup_{regime}_q1"] > 1 for cell in cells)
-        yield Claim(
-            f"Throughput {words} ({scale}, {name.removeprefix('decode-').upper()} shape, prompts "
-            "included)",
-            ", ".join(f"MoR-{r} {ratio:.2f}" for r, ratio in paper.items()),
-            f"{', '.join(said)} times the twin",
-            "yes" if all(reached) else "quicker, not by as much" if quicker else "no",
-            *about,
-            f"quartiles {', '.join(quartiles)}; of what the kernels allow {', '.join(shares)}, the "
-            f"twin's in brackets; layers alone would give {bounds}",
-        )
-
-
-def _efficiency(cell: dict[str, Any], regime: str, side: str) -> float:
-    """Return the efficiency of a side in a regime; of the only one where both are the same run."""
-    rows = [row for row in cell["rows"] if row["side"] == side]
-    return next((row for row in rows if row["regime"] == regime), rows[0])["efficiency"]
-
-
-def _stepped(where: str, report: dict[str, Any], about: tuple[str, str]) -> Iterator[Claim]:
-    rows = {row["name"]: row for row in report["rows"]}
-    ours = [rows[name] for name in ("mor2", "mor3", "mor4") if name in rows]
-    told_rows = [
-        f"MoR-{row['name'][3:]}: time {_percent(row['time_ratio'])}, memory "
-        f"{_percent(row['peak_memory_ratio'])}, FLOPs {_percent(row['flops_ratio'])}"
-        for row in ours
-    ]
-    good = all(row["time_ratio"] <= 0.81 and row["peak_memory_ratio"] <= 0.75 for row in ours)
-    yield Claim(
-        f"Same tokens ({where}): training takes less time and memory",
-        "time -19 %, memory -25 %, FLOPs -25 % (MoR-2)",
-        "; ".join(told_rows),
-        "yes" if good else "in part" if all(row["time_ratio"] < 1 for row in ours) else "no",
-        *about,
-        "memory: bytes kept for the backward pass",
-    )
-
-
-def _percent(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.0f} %"
-
-
-def _prefilled(scale: str, report: dict[str, Any], about: tuple[str, str]) -> Iterator[Claim]:
-    cells = report["cells"]
-    said = [f"{cell['prompt_len']} tokens {cell['speedup']:.2f}" for cell in cells]
-    yield Claim(
-        f"Prompts ({scale}, MoR-{cells[0]['recursions']}): skipped work shows in prefill too",
-        "left out of its timing",
-        f"{', '.join(said)} times the twin",
-        "yes" if all(cell["speedup"] > 1 for cell in cells) else "no",
-        *about,
-    )
+    return Claim(claim, "", ours, holds, machine_of(best.results), _command(best, vanilla))
 
 
 def _sizes(kept: Kept, scale: str) -> Iterator[Claim]:
@@ -493,7 +336,7 @@ def _sizes(kept: Kept, scale: str) -> Iterator[Claim]:
     results = kept.get(name, [])
     found = [table for table in tables(results) if table.kind == "same_flops" and table.size]
     if not found:
-        yield _not_run(claim, paper, _why(scale), command)
+        yield not_run(claim, paper, why_not(scale), command)
         return
     gaps = []
     for table in found:
@@ -510,13 +353,13 @@ def _sizes(kept: Kept, scale: str) -> Iterator[Claim]:
         paper,
         "; ".join([*(f"{where}: {told(gap)}" for where, gap in gaps), *fitted]),
         "yes" if max(signs, default=1) < 0 else "tie" if max(signs, default=1) == 0 else "no",
-        _machine(results),
+        machine_of(results),
         command,
     )
 
 
 def _few_shot() -> Iterator[Claim]:
-    yield _not_run(
+    yield not_run(
         "Few-shot: MoR is as accurate as its twin with half the parameters",
         "43.1 (MoR-2), 42.6, 41.6 against 42.3",
         "models of this size read at chance; it waits for uptrained models",

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mor.experiment.claims import Claim, Kept, claims
+from mor.experiment.claim import Claim, Kept
+from mor.experiment.claims import claims
 from mor.experiment.results import read_results
 from mor.experiment.tables import HEAD, cells, failures, tables
 from mor.files import write_text

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mor.cli import main
-from mor.experiment.claims import Claim, claims
+from mor.experiment.claim import Claim
+from mor.experiment.claims import claims
 from mor.experiment.render import BEGIN, END, read_kept, rendered
 from mor.experiment.results import Results
 from mor.experiment.stats import SeedNoise, seed_noise
