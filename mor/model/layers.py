@@ -105,7 +105,7 @@ class ExitMaps(nn.Module):
         """Map the rows that left early; depth_N counts the recursions that each row took."""
         for r, weight_DD in enumerate(self.weight, start=1):
             at_A = (depth_N == r).nonzero()[:, 0]
-            left_AD = x_ND[at_A]
+            left_AD = x_ND.index_select(0, at_A)
             x_ND = x_ND.index_copy(0, at_A, left_AD + self.step(left_AD, weight_DD))
         return x_ND
 

@@ -176,7 +176,8 @@ class Stack(nn.Module):
                     router_loss = routing.loss + (0 if router_loss is None else router_loss)
                 if routing.index_A is not None:
                     left.append((x_ND, routing.index_A))
-                    x_ND, rotary = x_ND[routing.index_A], rotary.take(routing.index_A)
+                    x_ND = x_ND.index_select(0, routing.index_A)
+                    rotary = rotary.take(routing.index_A)
                     rows = rows.take(routing.index_A, equal_count=routing.equal_count)
                     origin_N = origin_N[routing.index_A]
             stats.append(RecursionStats(num_candidates, len(rows), passing, logit_N))

@@ -8,18 +8,24 @@ G key heads, H query heads, K head size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mor.config import ModelConfig
 from mor.model.layers import Attend
 from mor.model.rows import Rows
-from mor.ops.attention import attention
+from mor.ops.attention import attention, documents_attention, serves_documents
+from mor.ops.device import in_autocast_type
+from mor.ops.gather import lay_out, take_back
 
 QUERY_TILE = 64
+GPU_QUERY_TILE = 256
+"""A GPU waits for launches sooner than for the keys that a mask drops."""
 
 
 class View(Protocol):
@@ -65,28 +71,67 @@ class LocalView:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.groups: list[tuple[Tensor, Tensor]] = []  # row of each place (D, M), places in use
-        if rows.is_dense and rows.segment_N is None:
-            return
-        starts, lengths = _runs(rows)
-        for members in _by_size(lengths.tolist()):
-            first_D, length_D = starts[members], lengths[members]
-            self.groups.append(_layout(first_D, length_D, int(length_D.max())))
-        self.inverse_N = _inverse(self.groups)
+        self.documents: _Documents | None = None
+        if not (rows.is_dense and rows.segment_N is None):
+            self.documents = _Documents(*_runs(rows))
 
     def layer(self, index: int) -> Attend:
         return Attend(self.attend)
 
     def attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         rows = self.rows
-        if not self.groups:
-            q, k, v = (rows.pad(x, None) for x in (q_NHK, k_NGK, v_NGK))
-            return rows.unpad(attention(q, k, v, is_causal=True), None)
+        if self.documents is not None:
+            return self.documents.attend(q_NHK, k_NGK, v_NGK)
+        q, k, v = (rows.pad(x, None) for x in (q_NHK, k_NGK, v_NGK))
+        return rows.unpad(attention(q, k, v, is_causal=True), None)
+
+
+class _Documents:
+    """Attention within documents that lie one after the other."""
+
+    def __init__(self, starts_D: Tensor, lengths_D: Tensor) -> None:
+        self.starts_D, self.lengths_D = starts_D, lengths_D
+        self.longest = int(lengths_D.max()) if len(lengths_D) else 0
+        self.offsets = F.pad(lengths_D.cumsum(0), (1, 0)).to(torch.int32)
+        self.laid: _Laid | None = None
+
+    def attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        q_NHK, k_NGK, v_NGK = in_autocast_type(q_NHK, k_NGK, v_NGK)
+        if serves_documents(q_NHK):
+            return documents_attention(q_NHK, k_NGK, v_NGK, self.offsets, self.longest)
+        if self.laid is None:
+            groups = []
+            for members in _by_size(self.lengths_D.tolist()):
+                first_D, length_D = self.starts_D[members], self.lengths_D[members]
+                groups.append(_layout(first_D, length_D, int(length_D.max())))
+            self.laid = _Laid(groups)
         parts = []
-        for row_DM, used in self.groups:
-            out_DMHK = attention(q_NHK[row_DM], k_NGK[row_DM], v_NGK[row_DM], is_causal=True)
-            parts.append(out_DMHK.flatten(0, 1)[used])
-        return torch.cat(parts)[self.inverse_N]
+        for q_DMHK, k_DMGK, v_DMGK in zip(
+            *(self.laid.lay_out(x) for x in (q_NHK, k_NGK, v_NGK)), strict=True
+        ):
+            parts.append(attention(q_DMHK, k_DMGK, v_DMGK, is_causal=True))
+        return self.laid.take_back(parts)
+
+
+class _Laid:
+    """Where rows lie once they are laid out in groups of places, each (documents, places)."""
+
+    def __init__(self, groups: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take each group's row of each place and its places in use; every row has one."""
+        self.shapes = [row_DM.shape for row_DM, _ in groups]
+        self.row_P = torch.cat([row_DM.flatten() for row_DM, _ in groups])
+        bases = itertools.accumulate((row_DM.numel() for row_DM, _ in groups), initial=0)
+        used = torch.cat([base + used for base, (_, used) in zip(bases, groups, strict=False)])
+        self.place_N = torch.empty_like(used).index_copy_(0, self.row_P[used], used)
+
+    def lay_out(self, x_N: Tensor) -> list[Tensor]:
+        """Return the rows of each group, (documents, places, ...)."""
+        parts = lay_out(x_N, self.row_P, self.place_N).split([s.numel() for s in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def take_back(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the rows from where they were laid."""
+        return take_back(torch.cat([part.flatten(0, 1) for part in parts]), self.place_N)
 
 
 class FirstView:
@@ -95,7 +140,11 @@ class FirstView:
     def __init__(self, view: LocalView) -> None:
         self.view = view
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
-        self.starts_D, self.lengths_D = _runs(view.rows)
+        documents = view.documents
+        if documents is None:
+            self.starts_D, self.lengths_D = _runs(view.rows)
+        else:
+            self.starts_D, self.lengths_D = documents.starts_D, documents.lengths_D
 
     def layer(self, index: int) -> Attend:
         def attend(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
@@ -108,10 +157,6 @@ class FirstView:
 class _Tile(NamedTuple):
     """Queries of some documents that are computed together, and the keys the last of them sees."""
 
-    query_DQ: Tensor
-    """active row of each place"""
-    used: Tensor
-    """places in use, flat"""
     key_DS: Tensor
     """row of each key"""
     visible_DQS: Tensor
@@ -123,8 +168,8 @@ class LaterView:
     takes_keys  an active row's own key and value of this recursion stand in for its first ones
                 (`hybrid`); otherwise none are made (`shared`)
 
-    Queries go in tiles of 64, each to the keys up to its last query: what a mask drops is less than
-    one tile's width.
+    Queries go in tiles, each to the keys up to its last query: what a mask drops is less than one
+    tile's width.
     """
 
     def __init__(self, first: FirstView, rows: Rows, origin_A: Tensor, *, takes_keys: bool) -> None:
@@ -138,20 +183,25 @@ class LaterView:
         place_A = origin_A - starts_D[document_A]
         counts_D = torch.bincount(document_A, minlength=len(starts_D))
         first_D = counts_D.cumsum(0) - counts_D
+        width = GPU_QUERY_TILE if origin_A.is_cuda else QUERY_TILE
+        groups = []
         for members in _by_size(lengths_D.tolist()):
             most = int(counts_D[members].max())
-            for begin in range(0, most, QUERY_TILE):
+            for begin in range(0, most, width):
                 index_D = starts_D.new_tensor(members)
                 index_D = index_D[counts_D[index_D] > begin]
-                count_D = (counts_D[index_D] - begin).clamp(max=QUERY_TILE)
-                query_DQ, used = _layout(first_D[index_D] + begin, count_D, min(most - begin, 64))
+                count_D = (counts_D[index_D] - begin).clamp(max=width)
+                query_DQ, used = _layout(
+                    first_D[index_D] + begin, count_D, min(most - begin, width)
+                )
+                groups.append((query_DQ, used))
                 place_DQ = place_A[query_DQ]
                 key_S = torch.arange(int(place_DQ.max()) + 1, device=origin_A.device)
                 last_D1 = (starts_D + lengths_D - 1)[index_D, None]
                 key_DS = torch.minimum(starts_D[index_D, None] + key_S, last_D1)
                 visible_DQS = key_S <= place_DQ[..., None]
-                self.tiles.append(_Tile(query_DQ, used, key_DS, visible_DQS))
-        self.inverse_A = _inverse([(tile.query_DQ, tile.used) for tile in self.tiles])
+                self.tiles.append(_Tile(key_DS, visible_DQS))
+        self.laid = _Laid(groups)
 
     def layer(self, index: int) -> Attend:
         def attend(q_AHK: Tensor, k_AGK: Tensor | None, v_AGK: Tensor | None) -> Tensor:
@@ -162,12 +212,15 @@ class LaterView:
             if not self.tiles:
                 return self.first.view.attend(q_AHK, k_NGK, v_NGK)
             parts = []
-            for query_DQ, used, key_DS, visible_DQS in self.tiles:
-                out_DQHK = attention(
-                    q_AHK[query_DQ], k_NGK[key_DS], v_NGK[key_DS], visible_BQS=visible_DQS
+            for q_DQHK, (key_DS, visible_DQS) in zip(
+                self.laid.lay_out(q_AHK), self.tiles, strict=True
+            ):
+                k_DSGK, v_DSGK = (
+                    x.index_select(0, key_DS.flatten()).unflatten(0, key_DS.shape)
+                    for x in (k_NGK, v_NGK)
                 )
-                parts.append(out_DQHK.flatten(0, 1)[used])
-            return torch.cat(parts)[self.inverse_A]
+                parts.append(attention(q_DQHK, k_DSGK, v_DSGK, visible_BQS=visible_DQS))
+            return self.laid.take_back(parts)
 
         return Attend(attend, self.takes_keys)
 
@@ -196,8 +249,3 @@ def _layout(first_D: Tensor, count_D: Tensor, width: int) -> tuple[Tensor, Tenso
     place_M = torch.arange(width, device=first_D.device)
     row_DM = first_D[:, None] + torch.minimum(place_M, count_D[:, None] - 1)
     return row_DM, (place_M < count_D[:, None]).flatten().nonzero()[:, 0]
-
-
-def _inverse(groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return where each row landed once the groups' places in use are joined."""
-    return torch.argsort(torch.cat([row_DM.flatten()[used] for row_DM, used in groups]))

@@ -66,6 +66,29 @@ def attention(
     return out_BHQK.transpose(1, 2)
 
 
+def serves_documents(q_NHK: Tensor) -> bool:
+    """Tell whether `documents_attention` takes such queries: halves, on a GPU from Ampere on."""
+    if not q_NHK.is_cuda or q_NHK.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_dim = q_NHK.shape[-1]
+    is_new = torch.cuda.get_device_capability(q_NHK.device) >= (8, 0)
+    return is_new and head_dim % 8 == 0 and head_dim <= 256
+
+
+def documents_attention(
+    q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, offsets: Tensor, longest: int
+) -> Tensor:
+    """Attend causally within documents that lie one after the other, without padding.
+
+    offsets  (D + 1) int32: each document's first row, and N
+    longest  rows of the longest
+    Twin     `attention` for each document apart
+    """
+    # What torch.nn.attention.varlen runs; that wrapper's arguments differ from release to release.
+    args = (q_NHK, k_NGK, v_NGK, offsets, offsets, longest, longest, 0.0, True, False)
+    return torch.ops.aten._flash_attention_forward(*args)[0]
+
+
 def _by_head(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Bring heads before tokens and repeat every key head for its group of query heads."""
     group = q_BQHK.shape[2] // k_BSGK.shape[2]

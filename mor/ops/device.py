@@ -46,6 +46,14 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
 
 
+def in_autocast_type(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors in the autocast type, or as they are outside autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
 def describe_machine() -> dict[str, str]:
     """Describe this machine as a benchmark must."""
     name = platform.processor() or platform.machine()

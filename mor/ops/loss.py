@@ -12,15 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from mor.ops.device import in_autocast_type
+
 IGNORE = -100
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors in the autocast type, or as they are outside autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 def linear_cross_entropy_reference(h_ND: Tensor, weight_VD: Tensor, label_N: Tensor) -> Tensor:
@@ -42,7 +36,7 @@ def linear_cross_entropy(
     Cost        three products of N x D x V in training (as forward and backward of a plain head),
                 one otherwise; holds chunk_rows x V logits, and gradients of h and W
     """
-    h_ND, weight_VD = _autocast(h_ND, weight_VD)
+    h_ND, weight_VD = in_autocast_type(h_ND, weight_VD)
     if not torch.is_grad_enabled():  # else the function works out what a parameter might want
         h_ND, weight_VD = h_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(h_ND, weight_VD, label_N, chunk_rows)
@@ -172,7 +166,7 @@ def linear_top_distillation(
     token_NK  which tokens they are
     The rest as in `linear_distillation`
     """
-    h_ND, weight_VD = _autocast(h_ND, weight_VD)
+    h_ND, weight_VD = in_autocast_type(h_ND, weight_VD)
     weights = (label_weight, teacher_weight)
     args = (h_ND, weight_VD, label_N, share_NJ, token_NK.long())
     return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, True))
@@ -197,7 +191,9 @@ def linear_distillation(
     teacher_NE, teacher_VE  the teacher's, without gradient
     label_N                 int64 targets, -100 to leave a row out of both losses
     """
-    h_ND, weight_VD, teacher_NE, teacher_VE = _autocast(h_ND, weight_VD, teacher_NE, teacher_VE)
+    h_ND, weight_VD, teacher_NE, teacher_VE = in_autocast_type(
+        h_ND, weight_VD, teacher_NE, teacher_VE
+    )
     weights = (label_weight, teacher_weight)
     args = (h_ND, weight_VD, label_N, teacher_NE.detach(), teacher_VE.detach())
     return Distilled(*_LinearDistillation.apply(*args, weights, chunk_rows, False))
