@@ -20,6 +20,9 @@ Ints = npt.NDArray[np.int64]
 DEFAULT_KV_BYTES = 2**31
 
 
+DEFAULT_PAGE_TOKENS = 16
+
+
 class Layout(NamedTuple):
     """How pages are cut: equal bytes for both groups of layers."""
 
@@ -32,11 +35,15 @@ class Layout(NamedTuple):
     """tables of the shared block: one per recursion, or one where recursion 1's serve all"""
 
     @classmethod
-    def of(cls, config: ModelConfig, block_size: int) -> Layout:
-        """Cut pages for a model; ValueError when own and block layers do not share a size."""
+    def of(cls, config: ModelConfig, block_size: int = 0) -> Layout:
+        """Cut pages for a model; ValueError when own and block layers do not share a size.
+
+        block_size  tokens in a page of the block; 0 for the least from 16 on that fits
+        """
         own, block = config.num_own_layers, config.num_block_layers
-        if own and block * block_size % own:
-            step = own // math.gcd(own, block)
+        step = own // math.gcd(own, block) if own else 1
+        block_size = block_size or -(-DEFAULT_PAGE_TOKENS // step) * step
+        if block_size % step:
             raise ValueError(
                 f"block_size is {block_size}; with {own} layers outside the block and {block} in "
                 f"it give a multiple of {step}"

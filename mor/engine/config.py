@@ -22,8 +22,9 @@ class EngineConfig:
     """rows of one call of the block: decode rows and prompt rows together"""
     max_model_len: int = 0
     """longest prompt and answer together, in tokens; 0 for the model's context"""
-    block_size: int = 16
-    """tokens in a page of the shared block's keys and values, and between prefix cache entries"""
+    block_size: int = 0
+    """tokens in a page of the shared block's keys and values, and between prefix cache entries; 0
+    for 16, or the next number with which pages of all layers have the same bytes"""
     kv_cache_bytes: int = 0
     """bytes of all keys and values; 0 for all requests at full length and depth, at most 2 GiB"""
     enable_prefix_caching: bool = True
@@ -37,10 +38,14 @@ class EngineConfig:
     GPU, where the model allows it. `on` takes such ticks on a CPU too, for tests"""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "block_size", "max_num_batched_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if not (isinstance(value, int) and 1 <= value < 2**20):
                 raise ValueError(f"{name} is {value!r}; give a whole number from 1 to 1048575")
+        if not (isinstance(self.block_size, int) and 0 <= self.block_size < 2**20):
+            raise ValueError(
+                f"block_size is {self.block_size!r}; give 0 (automatic), or up to 1048575"
+            )
         for name in ("kv_cache_bytes", "max_model_len", "coda_period"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 0):

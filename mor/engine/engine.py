@@ -8,6 +8,7 @@ cache writes and sampling are part of every step.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,7 +57,9 @@ class Engine:
         calibration: dict[str, Any] | None = None,
     ) -> None:
         self.model = model.eval()
-        self.config = config = config or EngineConfig()
+        config = config or EngineConfig()
+        self.layout = Layout.of(model.config, config.block_size)
+        self.config = config = dataclasses.replace(config, block_size=self.layout.block_page_tokens)
         self.tokenizer = tokenizer
         context = model.config.max_position_embeddings
         self.max_model_len = config.max_model_len or context
@@ -69,7 +72,6 @@ class Engine:
             raise ValueError(
                 "kv_strategy hybrid is not served by the engine; use per_recursion or shared"
             )
-        self.layout = Layout.of(model.config, config.block_size)
         weight = model.model.embed_tokens.weight
         self.page_bytes = self.layout.page_elements * weight.element_size()
         num_pages = self.layout.count_pages(

@@ -5,11 +5,18 @@ Shapes: B sequences, Q queries, S keys, H query heads, G key heads (H = G x grou
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which torch prefers on Hopper: it plans every new shape anew, and here most
+shapes come once; and its gradients under a mask may be NaN (pytorch issue 196678)."""
 
 
 def attention_reference(
@@ -51,7 +58,7 @@ def attention(
         # One query a sequence: the heads of a group become the queries of their key head, so keys
         # and values are read once and never expanded (5 to 6 times faster on CPU).
         mask = None if visible_BQS is None else visible_BQS[:, None]
-        out_BGgK = F.scaled_dot_product_attention(
+        out_BGgK = _fused(
             q_BQHK.reshape(B, G, H // G, K),
             k_BSGK.transpose(1, 2),
             v_BSGK.transpose(1, 2),
@@ -60,10 +67,12 @@ def attention(
         return out_BGgK.reshape(B, 1, H, K)
     q_BHQK, k_BHSK, v_BHSK = _by_head(q_BQHK, k_BSGK, v_BSGK)
     mask = None if visible_BQS is None else visible_BQS[:, None]
-    out_BHQK = F.scaled_dot_product_attention(
-        q_BHQK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=is_causal
-    )
-    return out_BHQK.transpose(1, 2)
+    return _fused(q_BHQK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=is_causal).transpose(1, 2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    with sdpa_kernel(BACKENDS) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def serves_documents(q_NHK: Tensor) -> bool:

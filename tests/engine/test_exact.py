@@ -17,6 +17,10 @@ from support_engine import (
     run_twice_and_check,
     served_model,
 )
+from support_model import small_model
+
+from mor.engine.config import EngineConfig
+from mor.engine.engine import Engine
 
 MAX_NEW = 9
 
@@ -26,6 +30,21 @@ def test_chunked_prompts_and_a_prefix_cache_change_nothing(index: int) -> None:
     """The test that breaks others: the same prompt twice."""
     cached = run_twice_and_check(new_engine(served_model(index), max_num_batched_tokens=9), 1)
     assert sum(cached) > 60
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_pages_fit_a_small_block_between_many_layers(backend: str) -> None:
+    """One layer that two recursions share, seventeen of their own: no page of 16 tokens fits."""
+    sizes = {"num_recursions": 2, "prelude_layers": 8, "coda_layers": 9, "num_hidden_layers": 19}
+    model = small_model(gating="none", head_dim=8, **sizes)
+    model = model.float() if backend == "auto" else model
+    engine = Engine(model, EngineConfig(max_num_seqs=2, max_num_batched_tokens=24, backend=backend))
+    assert engine.config.block_size == 17
+    for output in engine.generate([prompt_of(20, seed=1), prompt_of(20, seed=1)], greedy(9)):
+        assert_exact(model, output)
+    engine.check_integrity()
+    with pytest.raises(ValueError, match=r"block_size is 16; .* give a multiple of 17"):
+        Engine(model, EngineConfig(block_size=16))
 
 
 @pytest.mark.parametrize("index", range(len(SERVED)))

@@ -1,11 +1,18 @@
 """On a GPU packed documents give what the readable twin gives, in value and in gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from support_model import random_ids, small_config
 
 from mor.model.mor import MoR
-from mor.ops.attention import attention, documents_attention, serves_documents
+from mor.ops.attention import (
+    attention,
+    attention_reference,
+    documents_attention,
+    serves_documents,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +38,8 @@ def test_documents_one_after_the_other_are_attended_apart(H: int, G: int, K: int
     halves = [x.bfloat16().requires_grad_() for x in inputs]
     assert serves_documents(halves[0])
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-    fast = documents_attention(*halves, offsets, max(lengths))
+    q_NHK, k_NGK, v_NGK = halves
+    fast = documents_attention(q_NHK, k_NGK, v_NGK, offsets, max(lengths))
     wide = [x.detach().float().requires_grad_() for x in halves]
     parts, start = [], 0
     for length in lengths:
@@ -49,9 +57,33 @@ def test_documents_one_after_the_other_are_attended_apart(H: int, G: int, K: int
         assert close < 2e-2
 
 
+@pytest.mark.parametrize(("Q", "S"), [(64, 704), (100, 320), (256, 257), (1, 64)])
+def test_masked_attention_has_finite_gradients(Q: int, S: int) -> None:
+    """A row that attends to little of little has a low log-sum: cuDNN's gradients were NaN."""
+    torch.manual_seed(0)
+    shapes = ((3, Q, 9, 64), (3, S, 3, 64), (3, S, 3, 64))
+    halves = [torch.randn(*shape, device="cuda").bfloat16() for shape in shapes]
+    halves[0] = halves[0] * 30
+    visible = torch.rand(3, Q, S, device="cuda") < 0.1
+    visible[..., 0] = True
+    found = []
+    for function, inputs in (
+        (attention, halves),
+        (attention_reference, [x.float() for x in halves]),
+    ):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        q, k, v = leaves
+        out = function(q, k, v, visible_BQS=visible)
+        out.float().sin().sum().backward()
+        found.append([out.float(), *(x.grad.float() for x in leaves if x.grad is not None)])
+    for fast, plain in zip(*found, strict=True):
+        assert fast.isfinite().all()
+        assert (fast - plain).norm() / plain.norm() < 3e-2
+
+
 @pytest.mark.parametrize("fields", ROUTED, ids=lambda fields: "-".join(map(str, fields.values())))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_packed_documents_equal_the_reference(fields: dict, dtype: torch.dtype) -> None:
+def test_packed_documents_equal_the_reference(fields: dict[str, Any], dtype: torch.dtype) -> None:
     torch.use_deterministic_algorithms(False)  # it refuses cumulated sums there
     torch.manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # autocast leaves doubles
@@ -66,6 +98,7 @@ def test_packed_documents_equal_the_reference(fields: dict, dtype: torch.dtype) 
             out = model(
                 ids, labels=labels, segments=segments, rule="train", implementation=implementation
             )
+        assert out.loss_sum is not None
         out.loss_sum.backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((out.loss_sum.detach(), grads))
