@@ -1,7 +1,6 @@
 """Replays a tick as CUDA graphs, one for each number of rows, captured at first use.
 
-On a CPU the tick runs op by op: the same function, so that tests there hold for both. The capture
-itself has run on no GPU yet.
+On a CPU the tick runs op by op: the same function, so that tests there hold for both.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def not_run(claim: str, paper: str, why: str, command: str) -> Claim:
 
 def why_not(scale: str) -> str:
     """Say why nothing was run at a scale."""
-    return "no GPU was at hand" if scale == "gpu" else "no result is kept"
+    return "a GPU was at hand too briefly" if scale == "gpu" else "no result is kept"
 
 
 def machine_of(results: Sequence[Result]) -> str:
