@@ -19,7 +19,7 @@ from support_engine import (
 )
 from support_model import small_model
 
-from mor.engine.config import EngineConfig
+from mor.engine.config import Backend, EngineConfig
 from mor.engine.engine import Engine
 
 MAX_NEW = 9
@@ -33,7 +33,7 @@ def test_chunked_prompts_and_a_prefix_cache_change_nothing(index: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_pages_fit_a_small_block_between_many_layers(backend: str) -> None:
+def test_pages_fit_a_small_block_between_many_layers(backend: Backend) -> None:
     """One layer that two recursions share, seventeen of their own: no page of 16 tokens fits."""
     sizes = {"num_recursions": 2, "prelude_layers": 8, "coda_layers": 9, "num_hidden_layers": 19}
     model = small_model(gating="none", head_dim=8, **sizes)
