@@ -18,8 +18,6 @@ from mor.config import ModelConfig
 
 Ints = npt.NDArray[np.int64]
 DEFAULT_KV_BYTES = 2**31
-
-
 DEFAULT_PAGE_TOKENS = 16
 
 

@@ -1,7 +1,7 @@
 """Rows laid out elsewhere and taken back, by gathers alone in both directions.
 
-Indexing's own backward pass adds row upon row in case some are named twice, one after the other:
-on an H200 a training step took most of its time there.
+Indexing's own backward pass adds row upon row in case some are named twice, one after the other: on
+an H200 22,000 places of 16,384 rows took 8.2 ms forward and backward, and take 0.2 (docs/LOG.md).
 Shapes: N rows, P places, some of which only fill up.
 """
 
