@@ -74,7 +74,8 @@ def build_kernels(model: MoR, *, pages: int, wants_compiled: bool) -> Kernels:
     """Return the compiled kernels where they can be had and are wanted, else torch's."""
     config, weight = model.config, model.model.embed_tokens.weight
     token_layer = 2 * config.num_key_value_heads * config.head_dim
-    elements = config.num_block_layers * BLOCK_SIZE * token_layer
+    ends = (config.num_prelude_layers, config.num_coda_layers)
+    elements = max(config.num_block_layers, *ends) * BLOCK_SIZE * token_layer
     # Pages that nobody wrote would share one page of memory, and be too quick to read.
     pool = torch.empty(pages, elements, dtype=weight.dtype, device=weight.device).normal_(std=0.02)
     is_float = weight.dtype in (torch.bfloat16, torch.float32)
@@ -155,11 +156,12 @@ class PlainKernels:
     """torch's operators, as the engine's plain path calls them; any device and type."""
 
     def __init__(self, model: MoR, pool: Tensor) -> None:
-        self.config, self.stack = model.config, model.model
+        self.config, self.stack, self.pool = model.config, model.model, pool
         self.head_weight_VD = model.head_weight_VD.detach()
         self.state_dtype = self.head_weight_VD.dtype
-        layers, heads = self.config.num_block_layers, self.config.num_key_value_heads
-        shape = (layers, 2, heads, BLOCK_SIZE, self.config.head_dim)
+        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        layers = pool.shape[1] // (2 * heads * BLOCK_SIZE * head_dim)
+        shape = (layers, 2, heads, BLOCK_SIZE, head_dim)
         kv_PL2GSK = pool.view(len(pool), *shape)
         self.kv = [kv_PL2GSK[:, layer] for layer in range(layers)]
 

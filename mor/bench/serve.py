@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from mor.bench.predict import Event, Window, full_window
-from mor.bench.serve_config import BLOCK_SIZE
 from mor.bench.workload import RequestSpec
 from mor.engine.blocks import Layout
 from mor.engine.config import EngineConfig
@@ -85,14 +84,13 @@ def new_engine(
     model: MoR, *, max_requests: int, max_rows: int, max_model_len: int, kv_cache_bytes: int = 0
 ) -> Engine:
     """Build an engine without a prefix cache; 0 bytes for pages that always suffice."""
-    layout = Layout.of(model.config, BLOCK_SIZE)
+    layout = Layout.of(model.config)
     page_bytes = layout.page_elements * model.model.embed_tokens.weight.element_size()
     worst = layout.worst_pages(max_model_len, layout.num_depths)
     settings = EngineConfig(
         max_num_seqs=max_requests,
         max_num_batched_tokens=max_rows,
         max_model_len=max_model_len,
-        block_size=BLOCK_SIZE,
         kv_cache_bytes=kv_cache_bytes or worst * max_requests * page_bytes,
         enable_prefix_caching=False,
     )

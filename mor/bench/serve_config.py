@@ -27,7 +27,7 @@ MAX_EFFICIENCY = 1.02
 """a run that is quicker than its prediction by more than this was not measured right"""
 EFFICIENCY_TARGET = 0.95
 BLOCK_SIZE = 16
-"""tokens of a page; see `EngineConfig.block_size`"""
+"""tokens of a page in calls of kernels that are timed alone, as in most engines"""
 
 
 class Lengths(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from support_bench import MIX, tiny_shapes
 
 from mor.bench import decode, serve_config
 from mor.bench.decode import bench_decode
+from mor.bench.kernels import NativeKernels, PlainKernels, build_kernels, pages_of, singles
 from mor.bench.serve import largest_in_flight, new_engine, run_trace
 from mor.bench.serve_config import BenchDecodeConfig
 from mor.bench.serve_models import build_model
@@ -168,7 +170,7 @@ def test_a_mean_depth_that_misses_the_capacities_is_found():
 
 def test_the_most_requests_are_found_by_filling_pages():
     mor, trace = tiny_mor(), make_trace(40, MIX, vocab_size=64, seed=0)
-    layout = Layout.of(mor.config, serve_config.BLOCK_SIZE)
+    layout = Layout.of(mor.config)
     engine = new_engine(
         mor,
         max_requests=30,
@@ -227,3 +229,23 @@ def test_bad_settings_are_refused_with_one_line(flags, said, capsys):
     assert main(["bench", "decode", *flags]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"mor: {said}") and err.count("\n") == 1
+
+
+def test_kernels_timed_alone_run_all_layers_of_wide_ends() -> None:
+    """Pages were cut for the block: the compiled ends wrote beyond them, the plain ones stopped."""
+    sizes = {"num_hidden_layers": 12, "prelude_layers": 4, "coda_layers": 4, "num_recursions": 2}
+    config = dataclasses.replace(tiny_mor().config, capacity=(), **sizes)
+    torch.manual_seed(0)
+    model, call = MoR(config).eval(), singles(5, 17)
+    pools = []
+    for wants_compiled in (False, True):
+        torch.manual_seed(1)
+        kernels = build_kernels(model, pages=pages_of(call), wants_compiled=wants_compiled)
+        assert isinstance(kernels, NativeKernels | PlainKernels)
+        pool = kernels.pool
+        before = pool.clone()
+        kernels.layers("prelude", torch.full((5, config.hidden_size), 0.01), call, 5)
+        by_layer = (pool != before).view(len(pool), 4, -1).any(-1)
+        assert by_layer.any(0).all(), "a layer left no keys"
+        pools.append(pool)
+    torch.testing.assert_close(*pools, rtol=1e-5, atol=1e-6)
