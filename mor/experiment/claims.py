@@ -1,6 +1,7 @@
 """The paper's statements beside what our kept results say: one row a claim, nothing typed.
 
-Claims of training come from the experiment `claims-SCALE`; those of speed stand in `served`.
+Claims of training come from the experiments `claims-SCALE` and `goal-SCALE`; those of speed stand
+in `served`.
 A verdict needs two seeds and the whole interval on one side, else it is a tie, and rows that were
 not trained alike get none.
 Source: arXiv 2507.10524, tables 2 and 3, figures 3 and 4, appendix E.
@@ -86,31 +87,36 @@ def _command(*rows: Row) -> str:
 
 def _trained(kept: Kept, scale: str) -> Iterator[Claim]:
     """Claims of the trainings of a scale."""
-    results = kept.get(f"claims-{scale}", [])
-    found = tables(results)
-    command = f"mor experiment recipes/experiments/claims-{scale}.toml --data DATA --out OUT"
-    same = next((table for table in found if table.kind == "same_flops"), None)
-    if same is None:
+    names = (f"claims-{scale}", f"goal-{scale}")
+    same: list[Table] = []
+    rest: list[Table] = []
+    for name in names:
+        found = tables(kept.get(name, []))
+        first = [table for table in found if table.kind == "same_flops"][:1]
+        same += first
+        rest += [table for table in found if table not in first]
+    if not same:
         yield not_run(
             f"Same FLOPs ({scale}): a MoR of half the parameters has the lower loss",
             "MoR-2 2.7511 and MoR-3 2.7925 against 2.7824",
             why_not(scale),
-            command,
+            f"mor experiment recipes/experiments/{names[0]}.toml --data DATA --out OUT",
         )
         return
     best = _best(same)
-    for ours in (row for row in same.rows if row.kind == "mor"):
-        yield from _quality(scale, same, ours, is_best=ours is best)
-    for table in found:
-        if table is not same:
-            yield from _other_budget(scale, table)
-    yield from _inside(scale, same)
+    for table in same:
+        for ours in table.of_kind("mor"):
+            yield from _quality(scale, table, ours, is_best=ours is best)
+    for table in rest:
+        yield from _other_budget(scale, table)
+    for table in same:
+        yield from _inside(scale, table, best)
     yield _goal(kept, scale, same)
 
 
-def _best(table: Table) -> Row | None:
+def _best(found: list[Table]) -> Row | None:
     """Return the MoR with the lowest loss."""
-    rows = [row for row in table.rows if row.kind == "mor"]
+    rows = [row for table in found for row in table.of_kind("mor")]
     return min(rows, key=lambda row: row.mean("val_loss"), default=None)
 
 
@@ -193,7 +199,7 @@ def _other_budget(scale: str, table: Table) -> Iterator[Claim]:
         "tokens_per_param": ("Same tokens per parameter", "not stated"),
     }
     title, paper = words.get(table.kind, (table.budget, "not stated"))
-    for ours in (row for row in table.rows if row.kind == "mor"):
+    for ours in table.of_kind("mor"):
         about = f"{title} ({scale}, {ours.label})"
         yield from _beside(about, paper, table, ours, table.twin_of(ours), "its vanilla twin")
 
@@ -211,9 +217,9 @@ def _enough(kept: Kept) -> Iterator[Claim]:
         )
         return
     table = found[0]
-    for ours in (row for row in table.rows if row.kind == "mor"):
+    for ours in table.of_kind("mor"):
         about = f"{title} (cpu, {ours.label})"
-        fixed = [row for row in table.rows if row.kind == "recursive"]
+        fixed = table.of_kind("recursive")
         for other, words in (
             (table.twin_of(ours), "its vanilla twin"),
             (table.plain_of_size(ours), "a vanilla model of its own size"),
@@ -242,10 +248,9 @@ def _beside(
     )
 
 
-def _inside(scale: str, table: Table) -> Iterator[Claim]:
+def _inside(scale: str, table: Table, best: Row | None) -> Iterator[Claim]:
     """What is measured of one MoR: keys and values, depth at test time, the leak of top-k."""
-    best = _best(table)
-    for row in (row for row in table.rows if row.kind == "mor"):
+    for row in table.of_kind("mor"):
         command, machine, is_brief = _command(row), machine_of(row.results), row is best
         if "loss_up_to_depth" in row.results[0]:
             losses = depth_losses(row)
@@ -301,16 +306,17 @@ def _keys(scale: str, table: Table, row: Row, machine: str, command: str) -> Cla
     )
 
 
-def _goal(kept: Kept, scale: str, table: Table) -> Claim:
+def _goal(kept: Kept, scale: str, found: list[Table]) -> Claim:
     """The best MoR of the scale, and how near to its bound the engine brings such models."""
     claim = (
         f"Our goal ({scale}): at the same FLOPs a MoR of at most {100 * GOAL_PARAMS:.0f} % of "
         "the parameters without embedding is at or under its twin's loss, and such models are "
         f"served at {GOAL_EFFICIENCY} of their bound"
     )
-    best = _best(table)
-    vanilla = None if best is None else table.twin_of(best)
-    if best is None or vanilla is None:
+    best = _best(found)
+    table = next((one for one in found if best in one.rows), None)
+    vanilla = None if best is None or table is None else table.twin_of(best)
+    if best is None or table is None or vanilla is None:
         return not_run(claim, "", "no such rows are kept", "")
     gap = table.compare(best, vanilla)
     share = best.mean("params_nonembedding") / vanilla.mean("params_nonembedding")

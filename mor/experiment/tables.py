@@ -72,16 +72,20 @@ class Table(NamedTuple):
         size = f", size {self.size}" if self.size else ""
         return f"{self.budget}: {BUDGET_WORDS[self.kind]}{size}"
 
+    def of_kind(self, kind: str) -> list[Row]:
+        """Return the rows of a kind."""
+        return [row for row in self.rows if row.kind == kind]
+
     def first(self, kind: str) -> Row | None:
         """Return the first row of a kind."""
-        return next((row for row in self.rows if row.kind == kind), None)
+        return next(iter(self.of_kind(kind)), None)
 
     def twin_of(self, ours: Row) -> Row | None:
         """Return the vanilla model that a row is compared with.
 
         The largest of those that were trained alike, or of all where none was.
         """
-        found = [row for row in self.rows if row.kind == "vanilla"]
+        found = self.of_kind("vanilla")
         alike = [row for row in found if not other_training(row, ours)]
         return max(alike or found, key=lambda row: row.mean("params_nonembedding"), default=None)
 
@@ -90,15 +94,14 @@ class Table(NamedTuple):
         size = ours.mean("params_nonembedding")
         found = [
             row
-            for row in self.rows
-            if row.kind == "vanilla"
-            and abs(row.mean("params_nonembedding") / size - 1) <= SIZE_TOLERANCE
+            for row in self.of_kind("vanilla")
+            if abs(row.mean("params_nonembedding") / size - 1) <= SIZE_TOLERANCE
         ]
         return min(found, key=lambda row: len(other_training(row, ours)), default=None)
 
     def control(self, ours: Row, kind: str) -> Row | None:
         """Return the row of a kind that differs from another in the fewest settings."""
-        found = [row for row in self.rows if row.kind == kind]
+        found = self.of_kind(kind)
         return min(found, key=lambda row: len(other_settings(row, ours)), default=None)
 
     def compare(self, ours: Row | None, other: Row | None) -> Difference | None:

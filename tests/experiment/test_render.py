@@ -28,13 +28,15 @@ KIND_ROUTERS = {"mor": "expert_choice", "random": "random"}
 MACHINE = {"processor": "a processor", "cores": "2"}
 
 
-def trained(model: str, loss: float, seed: int, budget: str, kind: str) -> dict[str, Any]:
+def trained(
+    model: str, loss: float, seed: int, budget: str, kind: str, experiment: str = "claims-cpu"
+) -> dict[str, Any]:
     texts = np.random.default_rng(0).normal(loss, 1.0, 64)
     noise = np.random.default_rng([seed, len(model)]).normal(0, 0.01, 64)
     rows = [float(x) for x in texts + noise]
     is_plain = ROWS[model] == "vanilla"
     result: dict[str, Any] = {
-        "experiment": "claims-cpu",
+        "experiment": experiment,
         "note": "words",
         "machine": MACHINE,
         "member": f"{budget}_{model}_s{seed}",
@@ -120,6 +122,25 @@ def find(rows: list[Claim], *words: str) -> Claim:
     found = [row for row in rows if all(word in row.claim for word in words)]
     assert len(found) == 1, [row.claim for row in found]
     return found[0]
+
+
+def test_the_goal_has_rows_of_its_own_and_the_best_of_all_counts(kept: Path):
+    def ours() -> Claim:
+        return find(claims(read_kept(kept)), "Our goal (cpu)")
+
+    assert "mor3: " in ours().ours
+    results = Results(kept / "goal-cpu.jsonl")
+    for seed in (0, 1):
+        for model, loss in {"twin": 2.6, "mor3": 2.7}.items():
+            row = trained(model, loss, seed, "same-flops", "same_flops", "goal-cpu")
+            results.add(row | {"label": f"{model} of goal-cpu"})
+    rows = claims(read_kept(kept))
+    row = find(rows, "Same FLOPs (cpu, mor3 of goal-cpu)", "than its twin")
+    assert row.holds == "no" and "2.7" in row.ours and "goal-cpu.toml" in row.command
+    assert find(rows, "Same FLOPs (cpu, mor3)", "than its twin").holds == "yes"
+    assert find(rows, "Same FLOPs (cpu, mor3)", "random").is_brief is False
+    assert ours().ours.startswith("mor3 of goal-cpu: ") and ours().holds == "no"
+    assert ours().command == row.command
 
 
 def test_claims_are_told_from_results(kept: Path):
