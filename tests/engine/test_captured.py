@@ -318,6 +318,7 @@ def test_the_vanilla_twin_runs_on_the_device_too(device: str) -> None:
     assert ticks_of(engine).num_launched > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", SOME_SERVED)
 def test_triton_kernels_in_captured_ticks_give_the_plain_models_answers(
     index: int, device: str
