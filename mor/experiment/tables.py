@@ -184,7 +184,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 HEAD = (
     "model", "parameters without embedding", "tokens", "per such parameter", "FLOPs", "rate",
-    "causal loss",
+    "causal loss", "of repeats, of others",
     "minus vanilla", "mean depth", "top-k minus causal", "train s", "peak memory", "KV per token",
 )  # fmt: skip
 
@@ -205,6 +205,7 @@ def cells(table: Table) -> list[list[str]]:
                 human_count(row.mean("train_flops")),
                 f"{row.mean('lr'):g}{' (edge)' if row.at_edge else ''}",
                 spread([r["val_loss"] for r in row.results]),
+                _repeats(row),
                 told(table.compare(row, table.twin_of(row))),
                 f"{row.mean('mean_depth'):.2f}{off}",
                 f"{fmean(leak):+.4f}" if leak else "",
@@ -214,6 +215,15 @@ def cells(table: Table) -> list[list[str]]:
             ]
         )
     return out
+
+
+def _repeats(row: Row) -> str:
+    """Loss of what stood in the row before, and of the rest; nothing where a result lacks it."""
+    found = [r.get("repeats") for r in row.results]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return ""
+    return ", ".join(f"{fmean(one[name] for one in known):.3f}" for name in ("loss", "others"))
 
 
 def told(gap: Difference | None) -> str:

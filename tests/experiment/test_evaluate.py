@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mor.checkpoint import load_model
-from mor.data.loader import PreparedData
+from mor.data.loader import Batch, PreparedData
 from mor.evals.depth import bounded_depth
-from mor.experiment.evaluate import evaluate
+from mor.experiment.evaluate import evaluate, repeats_of
 from mor.model.mor import MoR
 
 
@@ -34,12 +34,25 @@ def test_a_member_is_measured_under_the_causal_rule(model: MoR, tiny_data: Path)
     loss = sum(one["share"] * one["loss"] for one in classes.values())
     assert loss == pytest.approx(result["val_loss"], rel=1e-5)
     assert all(1 <= mean <= 3 and count >= 20 for _, mean, count in result["deepest"])
+    repeats = result["repeats"]
+    share = repeats["share"]
+    assert 0 < share < 1
+    whole = share * repeats["loss"] + (1 - share) * repeats["others"]
+    assert whole == pytest.approx(result["val_loss"], rel=1e-5)
     # own layers once, the block once for each recursion that a token is active in
     one_layer = 2 * 16 * 1 * 2
     own, block = 2, 1
     assert result["kv_bytes_per_token"] == pytest.approx(
         one_layer * (own + block * result["mean_depth"])
     )
+
+
+def test_repeats_are_pairs_seen_before_in_the_same_document():
+    ids = torch.tensor([[5, 6, 7, 5, 6, 5, 6], [5, 6, 5, 6, 5, 6, 5]])
+    segments = torch.tensor([[0] * 6, [0, 0, 0, 1, 1, 1]])
+    batch = Batch(ids[:, :-1], ids[:, 1:], segments)
+    assert repeats_of(batch).int().tolist() == [[0, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 1]]
+    assert repeats_of(batch._replace(segment_BT=None))[1].tolist() == [False] * 2 + [True] * 4
 
 
 def test_a_limit_of_depth_holds_and_leaves_the_model_as_it_was(model: MoR):
