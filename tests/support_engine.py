@@ -25,6 +25,7 @@ SERVED = [
     *(kind for kind in (*KINDS, *OPTIONS) if "hybrid" not in str(kind[1])),
     ("fixed", {"sharing": "sequence", "num_hidden_layers": 6}),
     ("fixed", {"sharing": "middle_sequence"}),
+    ("expert_choice", {"qk_norm": True, "attention_bias": True}),
 ]
 SOME_SERVED = [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (6, 12, 28))]
 """which of them Triton's interpreter runs: fifteen seconds each"""

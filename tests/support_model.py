@@ -84,7 +84,7 @@ def small_model(router="expert_choice", gating="auto", seed=0, **fields: Any) ->
     for name, param in model.named_parameters():  # what starts at 0 or 1 would hide mistakes
         if "norm" in name or "recursion_" in name:
             torch.nn.init.normal_(param, mean=0.0 if "recursion_B" in name else 1.0, std=0.3)
-        if "exit_maps" in name:
+        if "exit_maps" in name or name.endswith("_proj.bias"):
             torch.nn.init.normal_(param, std=0.3)
     return model
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mor.config import ModelConfig
-from mor.model.layers import Layer, rotary_angles
+from mor.model.layers import Layer, RMSNorm, rotary_angles
 from mor.ops.native.compiled import CompiledKernels, NativeRows, load
 
 NAN = float("nan")
@@ -147,7 +147,7 @@ def make_case(
     for layer in made:
         for param in layer.parameters():
             torch.nn.init.normal_(param, std=param.shape[-1] ** -0.5)
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        for norm in (one for one in layer.modules() if isinstance(one, RMSNorm)):
             torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
         layer.to(dtype)
     longest = max(old + new for old, new, _ in requests)

@@ -15,7 +15,6 @@ from mor.engine.layers import LayerGroups, TorchGroups
 from mor.engine.native_groups import NativeGroups
 from mor.engine.native_runner import NativeRunner, fits
 from mor.engine.torch_runner import TorchRunner
-from mor.log import logger
 from mor.model.mor import MoR
 from mor.ops.native import compiled
 
@@ -61,14 +60,7 @@ def build_groups(
     sizes = (layout.own_page_tokens if layout.own_layers else 0, layout.block_page_tokens)
     backend, is_cpu = config.backend, pool.device.type == "cpu"
     is_float = pool.dtype in (torch.bfloat16, torch.float32)
-    if model.config.attention_bias or model.config.qk_norm:
-        if backend == "native":
-            raise ValueError(
-                "backend native does not know attention_bias and qk_norm; use auto or torch"
-            )
-        if is_cpu:
-            logger.info("CPU kernels: PyTorch's, since the model has attention_bias or qk_norm")
-    elif backend in ("auto", "native") and is_cpu and is_float:
+    if backend in ("auto", "native") and is_cpu and is_float:
         kernels = compiled.load()
         if kernels is not None:
             return NativeGroups(model, pool, sizes, kernels)

@@ -165,6 +165,15 @@ LAYER_CASES: dict[str, dict[str, Any]] = {
     "third layer of its pages": {"first_kv_layer": 2},
     "gains of each recursion": {"relax_norms": True},
     "low-rank additions": {"lora_rank": 3, "lora_targets": ("q_proj", "v_proj", "o_proj")},
+    "biases": {"attention_bias": True},
+    "normed heads": {"qk_norm": True},
+    "biases and normed heads of 24": {
+        "attention_bias": True,
+        "qk_norm": True,
+        "head_dim": 24,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
     "low-rank everywhere": {
         "relax_norms": True,
         "lora_rank": 5,

@@ -18,6 +18,9 @@ struct Layer {
   const float* attention_gain;  // (D) or (R, D)
   const float* mlp_gain;
   int64_t gain_stride;  // D where every recursion has its own, else 0
+  const float* bias;    // of qkv's outputs, in their places, the padding of q too; null without
+  const float* q_gain;  // (K), of each head's norm; null without
+  const float* k_gain;
 };
 
 struct Group {
@@ -200,7 +203,7 @@ class LayerCall {
             });
     team.wait();
     const Pages<E> pages = pages_of(l);
-    rotate_and_store(team, pages, q_panels * kPanel, rows, kv_rows);
+    rotate_and_store(team, layer, pages, q_panels * kPanel, rows, kv_rows);
     team.wait();
     if (rows > 0) {
       AttentionScratch<E> scratch;
@@ -271,8 +274,16 @@ class LayerCall {
                group_.eps, normed_ + n * normed_stride_, normed_stride_);
   }
 
-  void rotate_and_store(const Team& team, const Pages<E>& pages, long first_key, long rows,
-                        long kv_rows) {
+  // Add the bias of a head at an offset of the row, then norm it, where the layer has these.
+  void finish_head(float* row, long offset, const float* bias, const float* gain) const {
+    float* head = row + offset;
+    if (bias)
+      for (long i = 0; i < heads_.size; i++) head[i] += bias[offset + i];
+    if (gain) norm_row(head, gain, heads_.size, group_.eps, head, heads_.size);
+  }
+
+  void rotate_and_store(const Team& team, const Layer& layer, const Pages<E>& pages,
+                        long first_key, long rows, long kv_rows) {
     const long size = heads_.size, half = size / 2;
     const long of_row = heads_.queries + heads_.keys;
     const Range mine = team.share(std::max(rows, kv_rows) * of_row);
@@ -282,16 +293,20 @@ class LayerCall {
       const float* cos = group_.cos + rows_.position[n] * half;
       const float* sin = group_.sin + rows_.position[n] * half;
       if (head < heads_.queries) {
-        if (n < rows) rotate_head(row + head * size, cos, sin, half, row + head * size);
+        if (n >= rows) continue;
+        finish_head(row, head * size, layer.bias, layer.q_gain);
+        rotate_head(row + head * size, cos, sin, half, row + head * size);
         continue;
       }
       if (n >= kv_rows || rows_.slot[n] < 0) continue;
       const long key_head = head - heads_.queries;
-      const float* key = row + first_key + key_head * size;
+      const long key = first_key + key_head * size, value = key + heads_.keys * size;
+      finish_head(row, key, layer.bias, layer.k_gain);
+      finish_head(row, value, layer.bias, nullptr);
       const ldiv_t place = std::ldiv(rows_.slot[n], pages.page_tokens);
       E* to = pages.key(place.quot, key_head, place.rem, heads_.size);
-      rotate_head(key, cos, sin, half, to);
-      copy_head(key + heads_.keys * size, size, to + pages.values_offset);
+      rotate_head(row + key, cos, sin, half, to);
+      copy_head(row + value, size, to + pages.values_offset);
     }
   }
 

@@ -21,6 +21,9 @@ class LayerStruct(ctypes.Structure):
         ("attention_gain", c_void_p),
         ("mlp_gain", c_void_p),
         ("gain_stride", c_int64),
+        ("bias", c_void_p),
+        ("q_gain", c_void_p),
+        ("k_gain", c_void_p),
     )
 
 

@@ -94,7 +94,15 @@ class LayerGroup:
             gains[0].data_ptr(),
             gains[1].data_ptr(),
             self.width if gains[0].dim() == 2 else 0,
+            self._address(_bias(tensors, attention)),
+            *(self._address(tensors.get(f"self_attn.{name}_norm.weight")) for name in "qk"),
         )
+
+    def _address(self, vector: Tensor | None) -> int | None:
+        """Keep a vector in fp32 and say where it lies; None without one."""
+        if vector is None:
+            return None
+        return self._keep(vector.detach().float().contiguous()).data_ptr()
 
     def _projection(
         self,
@@ -136,6 +144,13 @@ class LayerGroup:
     def _keep(self, thing: Any) -> Any:
         self._kept.append(thing)
         return thing
+
+
+def _bias(tensors: Mapping[str, Tensor], names: list[str]) -> Tensor | None:
+    """Return the biases of projections in the places of their joined outputs; None without."""
+    found = [tensors.get(f"{name}.bias") for name in names]
+    columns = [bias.detach()[:, None] for bias in found if bias is not None]
+    return _joined(columns, in_turns=False)[:, 0] if columns else None
 
 
 def _joined(parts: list[Tensor], *, in_turns: bool) -> Tensor:
