@@ -54,7 +54,7 @@ def test_triton_kernels_give_the_plain_models_answers(index: int) -> None:
         pytest.skip("triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("on a GPU the other tests run")
-    assert check(served_model(index, torch.float32), "triton", 3) > 0.6
+    assert check(served_model(index, torch.float32), "triton", 2) > 0.6
 
 
 @pytest.mark.parametrize(
