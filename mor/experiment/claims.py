@@ -103,7 +103,8 @@ def _trained(kept: Kept, scale: str) -> Iterator[Claim]:
             f"mor experiment recipes/experiments/{names[0]}.toml --data DATA --out OUT",
         )
         return
-    best = _best(same)
+    pair = _best(same)
+    best = pair and pair[0]
     for table in same:
         for ours in table.of_kind("mor"):
             yield from _quality(scale, table, ours, is_best=ours is best)
@@ -111,13 +112,13 @@ def _trained(kept: Kept, scale: str) -> Iterator[Claim]:
         yield from _other_budget(scale, table)
     for table in same:
         yield from _inside(scale, table, best)
-    yield _goal(kept, scale, same)
+    yield _goal(kept, scale, pair)
 
 
-def _best(found: list[Table]) -> Row | None:
-    """Return the MoR with the lowest loss."""
-    rows = [row for table in found for row in table.of_kind("mor")]
-    return min(rows, key=lambda row: row.mean("val_loss"), default=None)
+def _best(found: list[Table]) -> tuple[Row, Table] | None:
+    """Return the MoR with the lowest loss, and its table."""
+    pairs = [(row, table) for table in found for row in table.of_kind("mor")]
+    return min(pairs, key=lambda pair: pair[0].mean("val_loss"), default=None)
 
 
 def _quality(scale: str, table: Table, ours: Row, *, is_best: bool) -> Iterator[Claim]:
@@ -306,18 +307,17 @@ def _keys(scale: str, table: Table, row: Row, machine: str, command: str) -> Cla
     )
 
 
-def _goal(kept: Kept, scale: str, found: list[Table]) -> Claim:
+def _goal(kept: Kept, scale: str, pair: tuple[Row, Table] | None) -> Claim:
     """The best MoR of the scale, and how near to its bound the engine brings such models."""
     claim = (
         f"Our goal ({scale}): at the same FLOPs a MoR of at most {100 * GOAL_PARAMS:.0f} % of "
         "the parameters without embedding is at or under its twin's loss, and such models are "
         f"served at {GOAL_EFFICIENCY} of their bound"
     )
-    best = _best(found)
-    table = next((one for one in found if best in one.rows), None)
-    vanilla = None if best is None or table is None else table.twin_of(best)
-    if best is None or table is None or vanilla is None:
+    vanilla = pair and pair[1].twin_of(pair[0])
+    if pair is None or vanilla is None:
         return not_run(claim, "", "no such rows are kept", "")
+    best, table = pair
     gap = table.compare(best, vanilla)
     share = best.mean("params_nonembedding") / vanilla.mean("params_nonembedding")
     verdict = "" if gap is None else _judged(gap, best, vanilla)

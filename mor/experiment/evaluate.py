@@ -44,8 +44,6 @@ class Pass(NamedTuple):
     """nats of the token after each"""
     depth_BT: Tensor
     token_BT: Tensor
-    repeat_BT: Tensor
-    """whether the token after each has followed it before in the row's document"""
     num_recursions: int
 
     @property
@@ -78,7 +76,7 @@ def evaluate(model: MoR, data: PreparedData, *, context: int, eval_tokens: int) 
         "heldout_loss": text.run(model, "heldout").loss,
         "mean_depth": causal.mean_depth,
         "active_share": causal.active,
-        "repeats": _repeats(causal),
+        "repeats": _repeats(causal, text.batches("val")),
         "row_loss": [round(loss, 5) for loss in causal.loss_BT.double().mean(1).tolist()],
         "kv_bytes_per_token": kv_bytes_per_token(
             model.config, element_bytes=2, active=causal.active
@@ -120,7 +118,7 @@ class _Text:
 @torch.inference_mode()
 def run_pass(model: MoR, batches: Iterator[Batch], rule: Rule = "causal") -> Pass:
     """Run batches in the model's own type. The rule `train` peeks at the future: name it so."""
-    losses, depths, tokens, repeats = [], [], [], []
+    losses, depths, tokens = [], [], []
     for batch in batches:
         batch = batch.to(model.device)
         out = model(batch.input_ids_BT, segments=batch.segment_BT, rule=rule)
@@ -131,22 +129,16 @@ def run_pass(model: MoR, batches: Iterator[Batch], rule: Rule = "causal") -> Pas
         losses.append(loss_N.view_as(batch.labels_BT).cpu())
         depths.append(out.depth.cpu())
         tokens.append(batch.input_ids_BT.cpu())
-        repeats.append(repeats_of(batch))
     return Pass(
-        torch.cat(losses),
-        torch.cat(depths),
-        torch.cat(tokens),
-        torch.cat(repeats),
-        model.config.num_recursions,
+        torch.cat(losses), torch.cat(depths), torch.cat(tokens), model.config.num_recursions
     )
 
 
 def repeats_of(batch: Batch) -> Tensor:
     """Say of each label whether it has followed its token before in the row's document.
 
-    Such a label can be copied from the row; whether a model has learnt to weighs heavily in its
-    loss, and small models learn it late, some not at all.
-    Returns (B, T) bool on the CPU
+    Such a label can be copied, which small models learn late, and some hardly.
+    Returns (B, T) bool
     """
     token_BT, label_BT = batch.input_ids_BT, batch.labels_BT
     segment_BT = torch.zeros_like(token_BT) if batch.segment_BT is None else batch.segment_BT
@@ -159,9 +151,10 @@ def repeats_of(batch: Batch) -> Tensor:
     return repeat_BT
 
 
-def _repeats(run: Pass) -> dict[str, float] | None:
+def _repeats(run: Pass, batches: Iterator[Batch]) -> dict[str, float] | None:
     """Share of the labels that repeat, and the losses of these and of the others."""
-    repeats, others = run.loss_BT[run.repeat_BT], run.loss_BT[~run.repeat_BT]
+    repeat_BT = torch.cat([repeats_of(batch) for batch in batches])
+    repeats, others = run.loss_BT[repeat_BT], run.loss_BT[~repeat_BT]
     if not len(repeats) or not len(others):
         return None
     losses = {"loss": float(repeats.double().mean()), "others": float(others.double().mean())}

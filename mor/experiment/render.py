@@ -32,8 +32,8 @@ budget. A rate is the recipe's, the same for all, or the best of a sweep with th
 all; "edge" says that it was the sweep's last, so a better one may lie beyond. Parameters, and
 tokens per parameter, are counted without embedding, as in the paper. "Our settings" are those of
 the recipe's model of that name. A repeat is a token that has followed the one before it earlier in
-the same row, so that it can be copied. Seconds and peak memory are of the whole process on the
-machine as it was, and compare nothing: `throughput-cpu` does, in alternating rounds.
+its document, within the row, so that it can be copied. Seconds and peak memory are of the whole
+process on the machine as it was, and compare nothing: `throughput-cpu` does, in alternating rounds.
 """
 
 
