@@ -21,6 +21,9 @@ from mor.data.manifest import DTYPE_BYTES, Manifest
 from mor.log import logger
 from mor.tokenizer import Tokenizer
 
+MIN_SPAN = 16
+"""tokens of the shortest span that `repeat_rows` repeats"""
+
 
 class Batch(NamedTuple):
     """Rows to train or evaluate on.
@@ -186,6 +189,27 @@ class TrainLoader:
                 del self._orders[min(self._orders)]
             self._orders[epoch] = order
         return int(order[place])
+
+
+def repeat_rows(batch: Batch, *, seed: int, first_sample: int) -> Batch:
+    """Make every other row one span of its first tokens over and over, 16 of them to half a row.
+
+    What follows can be copied, at a distance that differs by row, so attention learns to look for
+    what has followed a token before. A pure function of seed and sample number, as the rows are.
+    """
+    tokens = torch.cat((batch.input_ids_BT, batch.labels_BT[:, -1:]), dim=1)
+    T = batch.input_ids_BT.shape[1]
+    segment_BT = batch.segment_BT
+    if segment_BT is not None:
+        segment_BT = segment_BT.clone()
+    for row in range(first_sample % 2, len(tokens), 2):
+        longest = max(1, T // 2)
+        rng = np.random.default_rng([seed, first_sample + row])
+        span = int(rng.integers(min(MIN_SPAN, longest), longest, endpoint=True))
+        tokens[row] = tokens[row, torch.arange(T + 1) % span]
+        if segment_BT is not None:
+            segment_BT[row] = 0
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), segment_BT)
 
 
 def sequential_batches(

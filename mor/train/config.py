@@ -48,6 +48,9 @@ class TrainConfig:
     """share of the steps in which the trapezoid falls"""
     shallow_share: float = 0.0
     """share of the steps, the first ones, in which every token takes one recursion alone"""
+    repeat_share: float = 0.0
+    """share of the steps, the first ones, in which every other row repeats its beginning: small
+    models learn to copy much sooner"""
     weight_decay: float = 0.1
     """decay of matrices; norms have none"""
     freeze: Freeze = "none"
@@ -92,7 +95,7 @@ class TrainConfig:
             _check_number(name, getattr(self, name), 0)
         for name in ("lr", "grad_clip", "router_lr_scale", "lora_lr_scale"):
             _check_number(name, getattr(self, name), 0, is_open=True)
-        for name in ("warmup_share", "decay_share", "shallow_share"):
+        for name in ("warmup_share", "decay_share", "shallow_share", "repeat_share"):
             value = getattr(self, name)
             _check_number(name, value, 0)
             if value > 1:

@@ -21,7 +21,7 @@ import torch
 
 from mor.checkpoint import WEIGHTS, load_state, load_tensors, model_card, save_model
 from mor.config import ModelConfig
-from mor.data.loader import Batch, PreparedData, TrainLoader, sequential_batches
+from mor.data.loader import Batch, PreparedData, TrainLoader, repeat_rows, sequential_batches
 from mor.files import claim_folder, read_json, remove_leftovers, sha256_file, write_json
 from mor.log import logger, progress
 from mor.model.cost import count_params, num_shallow_steps, training_flops
@@ -296,6 +296,7 @@ def train_step(
     config = recipe.train
     tokens = config.batch_tokens
     shallow_steps = num_shallow_steps(config.num_steps(recipe.model), config.shallow_share)
+    repeat_steps = int(config.repeat_share * config.num_steps(recipe.model))
     model.model.depth_limit = 1 if step < shallow_steps else recipe.model.num_recursions
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     router_sum, divergence_sum = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
@@ -303,7 +304,10 @@ def train_step(
     routed: list[list[RecursionStats]] = []
     for start in range(0, config.batch_rows, config.micro_batch_rows):
         first = step * config.batch_rows + start
-        batch = loader.batch(first, config.micro_batch_rows).to(device)
+        batch = loader.batch(first, config.micro_batch_rows)
+        if step < repeat_steps:
+            batch = repeat_rows(batch, seed=config.seed, first_sample=first)
+        batch = batch.to(device)
         with autocast(device, dtype):
             out = model(
                 batch.input_ids_BT,

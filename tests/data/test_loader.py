@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from mor.data.config import PrepareConfig
-from mor.data.loader import Batch, PreparedData, TokenSplit, TrainLoader, sequential_batches
+from mor.data.loader import (
+    MIN_SPAN,
+    Batch,
+    PreparedData,
+    TokenSplit,
+    TrainLoader,
+    repeat_rows,
+    sequential_batches,
+)
 from mor.data.manifest import Manifest, Shard, SplitInfo
 from mor.data.prepare import prepare
 
@@ -140,6 +148,48 @@ def test_a_batch_depends_on_the_sample_number_alone(tmp_path: Path) -> None:
     for first, count in ((-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="start at 0 or later"):
             straight.batch(first, count)
+
+
+def span_of(row: torch.Tensor) -> int:
+    """Return after how many tokens a row begins again; its length where it does not."""
+    return next(n for n in range(1, len(row) + 1) if torch.equal(row[n:], row[: len(row) - n]))
+
+
+def test_every_other_row_repeats_its_beginning(tmp_path: Path) -> None:
+    T = 64
+    split = make_split(tmp_path, [n % 999 + 1 for n in range(20 * T + 1)], shard_tokens=500)
+    loader = make_loader(split, row_tokens=T)
+    batch, first = loader.batch(3, 9), 3
+    made = repeat_rows(batch, seed=5, first_sample=first)
+    rows = torch.cat((made.input_ids_BT, made.labels_BT[:, -1:]), 1)
+    assert torch.equal(made.input_ids_BT[:, 1:], made.labels_BT[:, :-1])
+    spans = [span_of(row) for row in rows]
+    assert spans[0::2] == [T + 1] * 5, "samples 3, 5, 7, 9 and 11 stay as drawn"
+    assert torch.equal(made.input_ids_BT[0::2], batch.input_ids_BT[0::2])
+    assert all(MIN_SPAN <= span <= T // 2 for span in spans[1::2])
+    assert len(set(spans[1::2])) > 1
+    for row, span in zip(range(1, 9, 2), spans[1::2], strict=True):
+        assert torch.equal(rows[row, :span], batch.input_ids_BT[row, :span])
+    parts = [repeat_rows(loader.batch(n, 1), seed=5, first_sample=n) for n in range(3, 12)]
+    assert torch.equal(torch.cat([part.input_ids_BT for part in parts]), made.input_ids_BT)
+    assert not equal(repeat_rows(batch, seed=6, first_sample=first), made)
+
+
+def test_a_row_that_repeats_is_one_document(tmp_path: Path) -> None:
+    split = make_split(tmp_path, [n % 5 for n in range(4 * 64 + 1)], shard_tokens=500)
+    batch = make_loader(split, row_tokens=64).batch(0, 4)
+    made = repeat_rows(batch, seed=0, first_sample=0)
+    assert batch.segment_BT is not None and made.segment_BT is not None
+    assert not made.segment_BT[0::2].any()
+    assert torch.equal(made.segment_BT[1::2], batch.segment_BT[1::2])
+
+
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_rows_of_few_tokens_can_repeat(tmp_path: Path, T: int) -> None:
+    split = make_split(tmp_path, list(range(1, 40)))
+    made = repeat_rows(make_loader(split, row_tokens=T).batch(0, 2), seed=0, first_sample=0)
+    assert made.input_ids_BT.shape == (2, T)
+    assert span_of(torch.cat((made.input_ids_BT[0], made.labels_BT[0, -1:]))) <= max(1, T // 2)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:

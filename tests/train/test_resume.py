@@ -89,7 +89,10 @@ def test_a_second_stop_amid_an_evaluation_loses_no_step(
         ({"router": "threshold", "capacity_warmup_steps": 3}, {"shallow_share": 0.75}),
         ({"router": "random"}, {}),
         ({"router": "fixed"}, {"shallow_share": 0.75}),
-        ({"router_aux": "router"}, {"optimizer": "muon", "shallow_share": 0.5}),
+        (
+            {"router_aux": "router"},
+            {"optimizer": "muon", "shallow_share": 0.5, "repeat_share": 0.75},
+        ),
     ],
     ids=["expert_choice", "aux_router", "threshold", "shallow", "random", "fixed", "muon"],
 )
