@@ -158,6 +158,7 @@ def test_token_choice_has_no_shallow_steps() -> None:
         ({"beta1": 1.0}, "beta1 is 1.0"),
         ({"warmup_share": 1.5}, "warmup_share is 1.5"),
         ({"shallow_share": 1}, "no step would recurse"),
+        ({"repeat_share": -0.1}, "repeat_share is -0.1"),
         ({"context": 0}, "context is 0"),
         ({"batch_tokens": 1000}, "batch_tokens is 1000; give a multiple of context 512"),
         ({"micro_batch_tokens": 100}, "micro_batch_tokens is 100"),

@@ -175,6 +175,30 @@ def test_one_batch_can_be_learnt_by_heart(
     assert losses[-1]["loss"] < 0.25 * losses[0]["loss"]
 
 
+def test_rows_repeat_in_the_first_steps_alone_and_in_parts_as_in_one(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight steps of four samples, three repeat: samples 0 to 11 are asked for, and no other."""
+    made: list[int] = []
+    repeat_rows = trainer.repeat_rows
+
+    def watch(batch: Any, *, seed: int, first_sample: int) -> Any:
+        made.extend(range(first_sample, first_sample + len(batch.input_ids_BT)))
+        return repeat_rows(batch, seed=seed, first_sample=first_sample)
+
+    monkeypatch.setattr(trainer, "repeat_rows", watch)
+    runs = []
+    for parts in (1, 4):
+        settings = {"budget_tokens": 8 * 128, "micro_batch_tokens": 128 // parts}
+        recipe = small_recipe(repeat_share=0.375, **settings)
+        runs.append(run_steps(recipe, PreparedData.open(tiny_data), 8)[1])
+    assert made == [*range(12), *range(12)]
+    plain = run_steps(small_recipe(budget_tokens=8 * 128), PreparedData.open(tiny_data), 1)[1]
+    assert runs[0][0]["loss"] != plain[0]["loss"]
+    for whole, part in zip(*runs, strict=True):
+        assert part["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
 def test_metrics_hold_all_that_a_run_measures(tiny_run: Path) -> None:
     lines = read_metrics(tiny_run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
