@@ -22,7 +22,7 @@ from mor.data.loader import PreparedData
 from mor.files import only_one, read_json, sha256_file
 from mor.log import logger
 from mor.model.mor import MoR
-from mor.ops.device import pick_device, pick_dtype
+from mor.ops.device import pick_device, pick_product_dtype
 from mor.tokenizer import Tokenizer
 from mor.train.config import Recipe, TrainConfig
 from mor.train.distill import DistillConfig
@@ -96,7 +96,7 @@ def unrolled_model(model: MoR) -> MoR:
 def _losses(folder: Path, work: Path, recipe: Recipe, data: PreparedData) -> dict[str, float]:
     """Measure teacher, start and result on the validation text."""
     device = pick_device(recipe.train.device)
-    dtype = pick_dtype(recipe.train.dtype, device)
+    dtype = pick_product_dtype(recipe.train.dtype, device)
     held = held_batches(data, "val", recipe)
     found = {}
     for name, path in (

@@ -10,7 +10,7 @@ from typing import Any
 
 from mor.data.loader import PreparedData, TrainLoader
 from mor.log import progress
-from mor.ops.device import pick_device, pick_dtype
+from mor.ops.device import pick_device, pick_product_dtype
 from mor.train.config import Recipe
 from mor.train.metrics import RoutingMeter
 from mor.train.optim import build_optimizer
@@ -44,7 +44,7 @@ class _Stepper:
         recipe = dataclasses.replace(recipe, model=fit_to_data(recipe.model, data, recipe))
         self.recipe = recipe
         self.device = pick_device(recipe.train.device)
-        self.dtype = pick_dtype(recipe.train.dtype, self.device)
+        self.dtype = pick_product_dtype(recipe.train.dtype, self.device)
         self.model = new_model(recipe, self.device)
         self.optimizer = build_optimizer(self.model, recipe.train)
         self.meter = RoutingMeter(self.model, recipe.train.context)

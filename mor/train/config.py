@@ -64,7 +64,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """largest gradient norm"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """type of the matrix products; weights stay fp32. auto: bfloat16 where the processor has it"""
+    """type of the matrix products; weights stay fp32. auto: bfloat16 where that is quicker"""
     recompute: Literal["none", "recursion", "layer"] = "none"
     """what the backward pass computes again instead of keeping: less memory, a third more time"""
     compile: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mor.ops.device import pick_dtype
+from mor.ops.device import pick_product_dtype
 from mor.train.config import TrainConfig
 
 AUX_LR_SCALE = 10.0
@@ -89,7 +89,10 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            dtype, momentum = pick_dtype("auto", group["params"][0].device), group["momentum"]
+            dtype, momentum = (
+                pick_product_dtype("auto", group["params"][0].device),
+                group["momentum"],
+            )
             for param in group["params"]:
                 if param.grad is None:
                     continue

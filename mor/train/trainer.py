@@ -27,7 +27,7 @@ from mor.log import logger, progress
 from mor.model.cost import count_params, num_shallow_steps, training_flops
 from mor.model.mor import MoR
 from mor.model.stack import RecursionStats
-from mor.ops.device import autocast, pick_device, pick_dtype
+from mor.ops.device import autocast, pick_device, pick_product_dtype
 from mor.train.config import (
     Recipe,
     TrainConfig,
@@ -114,7 +114,7 @@ def train(
     config = recipe.train
     check_routing(recipe.model, config)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = pick_product_dtype(config.dtype, device)
     loader = TrainLoader(
         data.split("train"),
         row_tokens=config.context,

@@ -19,7 +19,7 @@ from mor.convert.convert import convert
 from mor.data.loader import PreparedData
 from mor.files import atomic_folder, only_one, read_json, remove_leftovers, write_json
 from mor.log import logger
-from mor.ops.device import pick_device, pick_dtype
+from mor.ops.device import pick_device, pick_product_dtype
 from mor.train.config import Recipe, TrainConfig, check_context, check_routing
 from mor.train.heldout import measure_loss
 from mor.train.trainer import SUMMARY, Teaching, held_batches, train
@@ -162,7 +162,7 @@ def _parent_bits(config: UptrainConfig, stage: Stage, data: PreparedData) -> flo
     if key in known:
         return known[key]
     device = pick_device(config.device)
-    dtype = pick_dtype(stage.train.dtype, device)
+    dtype = pick_product_dtype(stage.train.dtype, device)
     model = load_model(config.out / "parent", device=device)
     held = held_batches(data, "val", Recipe(model=model.config, train=stage.train))
     result = measure_loss(model, held, dtype=dtype)

@@ -177,7 +177,7 @@ def test_muons_state_goes_into_a_fresh_optimizer() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_muon_steps_as_pytorchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit in bfloat16, the type of PyTorch's; nearly in float32."""
-    monkeypatch.setattr(optim, "pick_dtype", lambda name, device: dtype)
+    monkeypatch.setattr(optim, "pick_product_dtype", lambda name, device: dtype)
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 8), (8, 24), (8, 8)]]
     theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
