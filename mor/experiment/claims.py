@@ -165,7 +165,12 @@ def _quality(scale: str, table: Table, ours: Row, *, is_best: bool) -> Iterator[
 
 
 def _losses(ours: Row, other: Row) -> str:
-    losses = [row.mean("val_loss") for row in (ours, other)]
+    """Tell the mean losses of two rows over the seeds that both have."""
+    seeds = ours.by_seed.keys() & other.by_seed.keys()
+    losses = [
+        fmean(one["val_loss"] for one in row.results if one["seed"] in seeds)
+        for row in (ours, other)
+    ]
     return f"{losses[0]:.4f} against {losses[1]:.4f} ({losses[0] - losses[1]:+.4f})"
 
 

@@ -242,6 +242,15 @@ def test_a_seed_on_the_other_side_makes_a_tie(kept: Path):
     assert find(claims(read_kept(kept)), "Same FLOPs (cpu", "than its twin").holds == "tie"
 
 
+def test_losses_told_are_of_the_seeds_that_both_have(kept: Path):
+    path = kept / "claims-cpu.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"same-flops_random3_s1"' not in line))
+    Results(path).add(trained("mor3", 3.5, 1, "same-flops", "same_flops"))
+    row = find(claims(read_kept(kept)), "Same FLOPs (cpu", "random")
+    assert row.ours.startswith("2.9665 against 2.9679 (-0.0014)"), "seed 0's, of rows that vary"
+
+
 def test_the_goal_takes_two_seeds(kept: Path):
     goal = find(claims(read_kept(kept)), "Our goal (cpu)")
     assert goal.holds == "in part"  # 0.1 ahead in both seeds, served at 0.9 of its bound
