@@ -199,11 +199,9 @@ def repeat_rows(batch: Batch, *, seed: int, first_sample: int) -> Batch:
     """
     tokens = torch.cat((batch.input_ids_BT, batch.labels_BT[:, -1:]), dim=1)
     T = batch.input_ids_BT.shape[1]
-    segment_BT = batch.segment_BT
-    if segment_BT is not None:
-        segment_BT = segment_BT.clone()
+    longest = max(1, T // 2)
+    segment_BT = None if batch.segment_BT is None else batch.segment_BT.clone()
     for row in range(first_sample % 2, len(tokens), 2):
-        longest = max(1, T // 2)
         rng = np.random.default_rng([seed, first_sample + row])
         span = int(rng.integers(min(MIN_SPAN, longest), longest, endpoint=True))
         tokens[row] = tokens[row, torch.arange(T + 1) % span]

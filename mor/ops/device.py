@@ -45,8 +45,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def pick_product_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn `auto` into the type in which products of float32 weights are quickest, for training.
 
-    As `pick_dtype`, but float32 on Intel's processors without AMX, whose bfloat16 products take
-    1.5 to 1.9 times as long as those of float32 (docs/LOG.md).
+    As `pick_dtype`, but float32 on Intel's processors without AMX: on the one that was measured
+    bfloat16 products take 1.5 to 1.9 times as long (docs/LOG.md).
     """
     is_slow = not _has("amx_tile") and _cpu_info("vendor_id") == "GenuineIntel"
     if name == "auto" and device.type == "cpu" and is_slow:

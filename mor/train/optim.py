@@ -89,10 +89,8 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            dtype, momentum = (
-                pick_product_dtype("auto", group["params"][0].device),
-                group["momentum"],
-            )
+            dtype = pick_product_dtype("auto", group["params"][0].device)
+            momentum = group["momentum"]
             for param in group["params"]:
                 if param.grad is None:
                     continue

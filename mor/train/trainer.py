@@ -295,8 +295,9 @@ def train_step(
     """
     config = recipe.train
     tokens = config.batch_tokens
-    shallow_steps = num_shallow_steps(config.num_steps(recipe.model), config.shallow_share)
-    repeat_steps = int(config.repeat_share * config.num_steps(recipe.model))
+    num_steps = config.num_steps(recipe.model)
+    shallow_steps = num_shallow_steps(num_steps, config.shallow_share)
+    repeat_steps = int(config.repeat_share * num_steps)
     model.model.depth_limit = 1 if step < shallow_steps else recipe.model.num_recursions
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     router_sum, divergence_sum = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
