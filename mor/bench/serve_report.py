@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,18 +65,25 @@ def row_of(
     side: str,
     name: str,
     model: MoR,
-    prediction: Prediction,
+    prediction: Prediction | None,
     most_requests: int,
     longest_context: int,
     verified: Verified,
 ) -> dict[str, Any]:
-    """Return what one side did in one regime; latencies are of all runs together."""
+    """Return what one side did in one regime; latencies are of all runs together.
+
+    Without a prediction there is no efficiency, and nothing to be invalid by.
+    """
     rates = [run.window.tokens_per_s for run in runs]
     ttft_ms = [1e3 * seconds for run in runs for seconds in run.ttft_s()]
     gaps_ms = [1e3 * seconds for run in runs for seconds in run.gaps_s()]
     depths = [depth for run in runs for depth in run.depths]
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    share = statistics.median(efficiency(run.window, prediction.window) for run in runs)
+    rate = period = share = None
+    if prediction is not None:
+        window, period = prediction.window, prediction.period
+        rate = window.tokens_per_s
+        share = statistics.median(efficiency(run.window, window) for run in runs)
     return {
         "regime": regime,
         "side": side,
@@ -84,10 +91,10 @@ def row_of(
         "in_flight": runs[0].in_flight,
         "tokens_per_s": statistics.median(rates),
         "tokens_per_s_rounds": rates,
-        "predicted_tokens_per_s": prediction.window.tokens_per_s,
-        "predicted_coda_period": prediction.period,
+        "predicted_tokens_per_s": rate,
+        "predicted_coda_period": period,
         "efficiency": share,
-        "is_valid": is_valid(share),
+        "is_valid": share is None or is_valid(share),
         "ttft_p50_ms": _percentile(ttft_ms, 50),
         "ttft_p99_ms": _percentile(ttft_ms, 99),
         "inter_token_p50_ms": _percentile(gaps_ms, 50),
@@ -116,7 +123,7 @@ def cell_of(
     in_flight: int,
     kv_budget_bytes: int,
     depths_are: str,
-    tables: dict[str, Any],
+    tables: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return a cell: its speed-ups with quartiles, efficiencies, and its rows.
 
@@ -138,8 +145,8 @@ def cell_of(
     return {
         **cell,
         "speedup_bound": speedup_bound(config, mors[0]["mean_depth"]),
-        "efficiency": min(row["efficiency"] for row in mors),
-        "twin_efficiency": min(row["efficiency"] for row in twins),
+        "efficiency": _least(row["efficiency"] for row in mors),
+        "twin_efficiency": _least(row["efficiency"] for row in twins),
         "is_valid": all(row["is_valid"] for row in rows),
         "tokens_per_s": mors[0]["tokens_per_s"],
         "twin_tokens_per_s": twins[0]["tokens_per_s"],
@@ -150,12 +157,17 @@ def cell_of(
     }
 
 
+def _least(shares: Iterable[float | None]) -> float | None:
+    """Return the least efficiency; None where none was predicted."""
+    return min((share for share in shares if share is not None), default=None)
+
+
 def summary(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the headline: the cell of the least speed-up, and the least efficiencies of all."""
     worst = min(cells, key=lambda cell: cell["speedup_fixed_batch"])
     return {
         **{name: worst[name] for name in HEADLINE},
-        "efficiency": min(cell["efficiency"] for cell in cells),
-        "twin_efficiency": min(cell["twin_efficiency"] for cell in cells),
+        "efficiency": _least(cell["efficiency"] for cell in cells),
+        "twin_efficiency": _least(cell["twin_efficiency"] for cell in cells),
         "is_valid": all(cell["is_valid"] for cell in cells),
     }

@@ -56,7 +56,7 @@ def print_decode(result: dict[str, Any], file: TextIO) -> None:
                 f"{row['name']}, {row['regime']}",
                 str(row["in_flight"]),
                 human_count(row["tokens_per_s"]),
-                f"{row['efficiency']:.3f}" + ("" if row["is_valid"] else " INVALID"),
+                _share(row["efficiency"]) + ("" if row["is_valid"] else " INVALID"),
                 f"{row['ttft_p50_ms']:.0f} / {row['ttft_p99_ms']:.0f}",
                 f"{row['inter_token_p50_ms']:.1f} / {row['inter_token_p95_ms']:.1f} / "
                 f"{row['inter_token_p99_ms']:.1f}",
@@ -111,6 +111,10 @@ def _about(result: dict[str, Any]) -> str:
     )
 
 
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _console(file: TextIO) -> Any:
     from rich.console import Console
 
@@ -140,13 +144,19 @@ def verdict(result: dict[str, Any]) -> list[str]:
                     f"times as quick as its kernels alone, {MAX_EFFICIENCY} is the most; measure "
                     "again with nothing else running"
                 )
+        speedups = (
+            f"{name}: {cell['speedup_fixed_batch']:.2f} times its twin, "
+            f"{cell['speedup_max_batch']:.2f} in equal bytes"
+        )
+        if cell["efficiency"] is None:
+            lines.append(f"{speedups}; efficiency is told on a CPU alone")
+            continue
         least = min(cell["efficiency"], cell["twin_efficiency"])
         is_valid = all(row["is_valid"] for row in cell["rows"])
         outcome = "met" if least >= EFFICIENCY_TARGET else "missed"
         outcome = outcome if is_valid else "not told: a run is invalid"
         lines.append(
-            f"{name}: {cell['speedup_fixed_batch']:.2f} times its twin, "
-            f"{cell['speedup_max_batch']:.2f} in equal bytes; efficiency {cell['efficiency']:.3f}, "
-            f"the twin's {cell['twin_efficiency']:.3f}, target {EFFICIENCY_TARGET} {outcome}"
+            f"{speedups}; efficiency {cell['efficiency']:.3f}, the twin's "
+            f"{cell['twin_efficiency']:.3f}, target {EFFICIENCY_TARGET} {outcome}"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Stretches of ticks that only decode, run on the device while the host reads some ticks behind.
+"""Stretches of ticks run on the device while the host reads some ticks behind.
 
 A stretch begins when every running request has one token in flight, between two recursions, and no
 wish that the device does not serve. From then on the host launches ticks without knowing what they
@@ -7,8 +7,10 @@ tick stores at most one token a table, and one for the token that is then in fli
 goes through the same books as on the ordinary path, so tokens behind an end that only the host
 knows of, such as a text, are dropped. Rows that end are told to the device; their pages may be
 given away at once, since work that still writes to them comes before all work of a new owner.
-The stretch ends when a request can be admitted, when pages are short, or when the rows left fit a
-smaller graph: all ticks are read, and the rows are flights again, at the recursions they reached.
+Short prompts join the stretch: one pass takes them through the model whole, and what it draws goes
+on as rows of the ticks that follow. The stretch ends when a request can be admitted that a pass
+does not serve, when pages are short, or when the rows left fit a smaller graph by far: all ticks
+are read, and the rows are flights again, at the recursions they reached.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mor.engine.blocks import BlockManager, Ints
 from mor.engine.core import Flight, Request
-from mor.engine.device_tick import IDLE, MAX_END_IDS, WENT_ON, DeviceTick
+from mor.engine.device_prompts import DevicePrompts
+from mor.engine.device_tick import IDLE, MAX_END_IDS, WENT_ON, DeviceRows, DeviceTick
 from mor.engine.graphs import Graphs, Readback, upload
 from mor.engine.runner import Call
 from mor.engine.scheduler import Scheduler
@@ -30,17 +34,29 @@ from mor.model.mor import MoR
 
 BUCKETS = (8, 16, 32, 64, 128, 200)
 """Rows of a graph. With more rows a step is no longer bound by its weights: the ordinary path."""
+PROMPT_ROWS = (32, 64, 128, 256)
+"""tokens of prompts in a pass; with more, masked work would cost more than launches"""
+MAX_PROMPTS = 16
+"""prompts of a pass"""
 LAG = 2
 """ticks that the host reads behind, so that it never waits for one that has just begun"""
 
 
 class Done(NamedTuple):
-    """A token that went through the model."""
+    """A token that went through the model, or all of a prompt."""
 
     flight: Flight
     token: int
     """what was drawn after it, -1 where the logits are not finite"""
-    depth: int
+    depths: list[int]
+
+
+class Unread(NamedTuple):
+    """A tick, or a pass of prompts, that was launched and not read."""
+
+    record: Readback
+    entering: list[Flight]
+    """prompts of a pass; empty for a tick"""
 
 
 class CapturedTicks:
@@ -53,8 +69,10 @@ class CapturedTicks:
         blocks: BlockManager,
         *,
         max_requests: int,
+        max_rows: int,
         lag: int = LAG,
     ) -> None:
+        """Serve at most so many requests at a time, and so many rows of prompts in a pass."""
         self.runner, self.blocks, self.lag = runner, blocks, lag
         self.device = model.device
         self.keeps_first_keys = model.config.kv_strategy == "shared"
@@ -65,19 +83,29 @@ class CapturedTicks:
             model, runner.groups, blocks.layout, num_rows=most,
             tables_TM=tables_TM.to(self.device, copy=True),
         )  # fmt: skip
-        self.graphs = Graphs(self.tick)
-        self.flights: list[Flight] = []
-        """by row; those of requests that ended stay until the stretch does"""
-        self._row_of: dict[int, int] = {}
-        """by id of a request that runs here"""
-        self._unread: deque[Readback] = deque()
-        self._ended: list[int] = []
-        """rows that ended since the last launch"""
+        most = min(max_rows, PROMPT_ROWS[-1])
+        self.prompt_rows = sorted({*(size for size in PROMPT_ROWS if size < most), most})
+        self.prompts = DevicePrompts(self.tick, num_rows=most, num_prompts=MAX_PROMPTS)
+        self.graphs = Graphs(self.device)
         self.num_launched = 0
         """ticks of all stretches"""
+        self.num_passes = 0
+        """passes of prompts of all stretches"""
+        self._row_of: dict[int, int] = {}
+        """by id of a request that runs here"""
+        self._unread: deque[Unread] = deque()
+        self._ended: list[int] = []
+        """rows that ended since the last launch"""
         self._num_rows = 0
         self._draws = False
-        self._slots, self._recursion, self._most = (np.zeros(0, np.int64) for _ in range(3))
+        # Of every row; of rows that nobody has, anything.
+        count = self.buckets[-1]
+        self.flights: list[Flight | None] = [None] * count
+        self._slots, self._recursion, self._most, self._pending, self._since = (
+            np.zeros(count, np.int64) for _ in range(5)
+        )
+        self._num_sent = self._num_read = 0
+        """ticks and passes of this stretch"""
 
     @property
     def is_running(self) -> bool:
@@ -85,77 +113,195 @@ class CapturedTicks:
 
     @property
     def num_unread(self) -> int:
-        """Ticks that were launched and not read."""
+        """Ticks and passes that were launched and not read."""
         return len(self._unread)
 
     def begin(self, scheduler: Scheduler) -> bool:
         """Take over all flights, if each can be served here and pages last; else do nothing."""
         flights = scheduler.in_block
-        if not 0 < len(flights) == len(scheduler.running) <= self.buckets[-1]:
+        if not len(flights) == len(scheduler.running) <= self.buckets[-1]:
             return False
-        if scheduler.ready or scheduler.can_admit() or not all(map(_is_served, flights)):
+        if scheduler.ready or not all(map(_is_served, flights)):
             return False
-        requests = [flight.request for flight in flights]
-        self._slots = np.array([request.slot for request in requests])
-        self._recursion = np.array([flight.recursion for flight in flights])
-        # The last token of an answer is never run.
-        most = [len(r.prompt_ids) + r.stops.max_tokens - 1 for r in requests]
-        self._most = np.array(most)
-        if self._reserve(np.arange(len(flights))) is None:
+        if (scheduler.can_admit() or not flights) and not self._serves_next(scheduler):
             return False
-        self.flights = list(flights)
-        self._row_of = {id(request): row for row, request in enumerate(requests)}
+        if not flights and not self._has_room(scheduler, 0):
+            return False
+        self._row_of, self._num_rows = {}, self.buckets[0]
         self._unread.clear()
         self._ended.clear()
-        self._num_rows = self._bucket(len(flights))
-        self._draws = any(request.params.temperature > 0 for request in requests)
-        self._load(requests)
+        self._num_sent = self._num_read = 0
+        self._draws = False
+        rows = np.array([self._join(flight) for flight in flights], np.int64)
+        self._recursion[rows] = [flight.recursion for flight in flights]
+        if self._reserve(rows) is None:
+            self._row_of = {}
+            return False
+        self._load(flights)
         return True
+
+    def _join(self, flight: Flight) -> int:
+        """Give a request the first row that is free; ticks that are launched from now on count."""
+        request, used = flight.request, set(self._row_of.values())
+        row = next(row for row in range(self.buckets[-1]) if row not in used)
+        self._row_of[id(request)] = row
+        self.flights[row] = flight
+        self._slots[row], self._recursion[row], self._pending[row] = request.slot, 0, 0
+        # The last token of an answer is never run.
+        self._most[row] = len(request.prompt_ids) + request.stops.max_tokens - 1
+        self._since[row] = self._num_sent
+        self._num_rows = max(self._num_rows, self._bucket(row + 1))
+        self._draws |= request.params.temperature > 0
+        return row
 
     def _bucket(self, count: int) -> int:
         return next(bucket for bucket in self.buckets if bucket >= count)
 
     def _reserve(self, rows: Ints) -> Ints | None:
         """Keep places for what is unread after the next launch, and for what then is in flight."""
-        slots = self._slots[rows]
-        places = np.minimum(self.lag + 2, self._most[rows, None] - self.blocks.count[slots])
+        slots, unread = self._slots[rows], self.lag + 2 + self._pending[rows, None]
+        places = np.minimum(unread, self._most[rows, None] - self.blocks.count[slots])
         return self.blocks.hold(slots, places * self.blocks.serves[slots])
 
     @torch.inference_mode()
-    def _load(self, requests: list[Request]) -> None:
-        """Copy the rows' states and what is known of their requests to the device."""
-        runner, to, count = self.runner, self.tick.rows, len(requests)
-        rows = np.array([flight.rows[0] for flight in self.flights])
+    def _load(self, flights: list[Flight]) -> None:
+        """Copy the states of the first rows and what is known of their requests to the device."""
+        runner, to, count = self.runner, self.tick.rows, len(flights)
+        rows = np.array([flight.rows[0] for flight in flights], np.int64)
         index = upload(rows, self.device)
         to.x_ND[:count] = runner.x[index]
         if len(to.start_ND):
             to.start_ND[:count] = runner.start[index]
-        end_ids = [(r.stops.end_ids + [-1] * MAX_END_IDS)[:MAX_END_IDS] for r in requests]
-        values = {
-            "slot_N": self._slots,
-            "position_N": runner.position[rows],
-            "token_N": runner.token[rows],
-            "recursion_N": self._recursion,
-            "count_NC": self.blocks.count[self._slots],
-            "limit_N": [r.policy.max_recursions for r in requests],
-            "threshold_NR": [r.policy.thresholds for r in requests],
-            "length_N": [len(r.output_ids) for r in requests],
-            "last_N": [r.stops.max_tokens for r in requests],
-            "end_NW": end_ids,
-            "temperature_N": [r.params.temperature for r in requests],
-            "seed_N": [r.sample_row.seed for r in requests],
-            "sample_N": [r.sample_row.sample for r in requests],
-        }
-        for name, value in values.items():
-            getattr(to, name)[:count].copy_(torch.from_numpy(np.array(value)))
-        to.is_alive_N.zero_()
-        to.is_alive_N[:count].fill_(True)
+        self._describe(to, [flight.request for flight in flights])
+        self._copy(
+            to,
+            position_N=runner.position[rows],
+            token_N=runner.token[rows],
+            recursion_N=self._recursion[:count],
+        )
         self.tick.tables_TM.copy_(torch.from_numpy(self.blocks.tables).flatten(0, 1))
+
+    def _describe(self, to: DeviceRows, requests: list[Request]) -> None:
+        """Copy what is known of requests to the first rows; the others are not alive then."""
+        slots = np.array([request.slot for request in requests], np.int64)
+        end_ids = [(r.stops.end_ids + [-1] * MAX_END_IDS)[:MAX_END_IDS] for r in requests]
+        self._copy(
+            to,
+            slot_N=slots,
+            count_NC=self.blocks.count[slots],
+            limit_N=[r.policy.max_recursions for r in requests],
+            threshold_NR=[r.policy.thresholds for r in requests],
+            length_N=[len(r.output_ids) for r in requests],
+            last_N=[r.stops.max_tokens for r in requests],
+            end_NW=end_ids,
+            temperature_N=[r.params.temperature for r in requests],
+            seed_N=[r.sample_row.seed for r in requests],
+            sample_N=[r.sample_row.sample for r in requests],
+        )
+        to.is_alive_N.zero_()
+        to.is_alive_N[: len(requests)].fill_(True)
+
+    def _copy(self, to: DeviceRows, **values: object) -> None:
+        for name, value in values.items():
+            array = np.array(value)
+            if len(array):
+                tensor = getattr(to, name)
+                tensor[: len(array)].copy_(torch.from_numpy(array))
+
+    def admit(self, scheduler: Scheduler) -> bool:
+        """Take waiting requests into the stretch by one pass; False when one has to end it.
+
+        Where pages or rows are short they wait.
+        """
+        flights: list[Flight] = []
+        copies: list[tuple[int, int]] = []
+        num_rows, serves_next = 0, True
+        while scheduler.can_admit() and len(flights) < MAX_PROMPTS:
+            serves_next = self._serves_next(scheduler)
+            if not serves_next or not self._has_room(scheduler, num_rows):
+                break
+            request, copied = scheduler.let_in()
+            copies += copied
+            flight = scheduler.start_whole(request)
+            flights.append(flight)
+            num_rows += flight.count
+            row = self._join(flight)
+            self._pending[row] = flight.count
+            held = self._reserve(np.array([row]))
+            assert held is not None, "a prompt was let in without pages"
+        if copies:
+            source, target = zip(*copies, strict=True)
+            self.runner.groups.copy_pages(list(source), list(target))
+        if flights:
+            self._launch_prompts(flights)
+        return serves_next
+
+    def _serves_next(self, scheduler: Scheduler) -> bool:
+        """Tell whether a pass serves the next waiting request, if there is one."""
+        if not scheduler.waiting:
+            return False
+        request = scheduler.waiting[0]
+        is_plain = request.params.is_plain_draw and request.params.prompt_logprobs is None
+        is_fresh = not request.depths  # after a preemption they are taken again
+        has_row = len(self._row_of) < self.buckets[-1]
+        return is_plain and is_fresh and has_row and scheduler.num_to_run() <= self.prompt_rows[-1]
+
+    def _has_room(self, scheduler: Scheduler, num_rows: int) -> bool:
+        """Tell whether the next waiting request has pages, and a place beside so many rows."""
+        request, count = scheduler.waiting[0], scheduler.num_to_run()
+        # Its tokens at every depth, and pages that are copied where it begins on the cache's.
+        layout, places = self.blocks.layout, request.num_tokens + self.lag + 2
+        pages = layout.worst_pages(places, request.policy.max_recursions) + layout.num_tables
+        return (
+            num_rows + count <= self.prompt_rows[-1]
+            and scheduler.has_rows(count)
+            and pages <= self.blocks.num_available
+        )
+
+    @torch.inference_mode()
+    def _launch_prompts(self, flights: list[Flight]) -> None:
+        """Run a pass over whole prompts, whose next tokens then are rows of the ticks."""
+        self._tell_ended()
+        prompts, device = self.prompts, self.device
+        counts = np.array([flight.count for flight in flights])
+        ends = counts.cumsum()
+        total, starts = int(ends[-1]), ends - counts
+        tokens = [f.request.tokens(f.start, f.stop) for f in flights]
+        positions = [np.arange(f.start, f.stop) for f in flights]
+        which = np.arange(len(flights)).repeat(counts)
+        at = np.stack((np.concatenate(tokens), np.concatenate(positions), which), 1)
+        rows = np.full(MAX_PROMPTS, len(self.flights))
+        rows[: len(flights)] = [self._row_of[id(flight.request)] for flight in flights]
+        span = np.zeros((MAX_PROMPTS, 3), np.int64)
+        span[:, 2] = rows
+        span[: len(flights), :2] = np.stack((starts, ends - 1), 1)
+        num_rows = next(size for size in self.prompt_rows if size >= total)
+        prompts.at_N3[:total].copy_(upload(at, device))
+        prompts.is_in_N.zero_()
+        prompts.is_in_N[:total].fill_(True)
+        prompts.span_Q3.copy_(upload(span, device))
+        self._describe(prompts.next, [flight.request for flight in flights])
+        self._copy(prompts.next, position_N=[flight.stop for flight in flights])
+        tables = self.blocks.tables.reshape(-1, self.blocks.tables.shape[-1])
+        slots = np.array([flight.request.slot for flight in flights])
+        each = np.arange(self.blocks.layout.num_tables)
+        at_T = (slots[:, None] * len(each) + each).reshape(-1)
+        pages_TM = upload(tables[at_T].astype(np.int64), device).int()
+        self.tick.tables_TM.index_copy_(0, upload(at_T, device), pages_TM)
+        draws = any(flight.request.params.temperature > 0 for flight in flights)
+        self.graphs.run(prompts, num_rows, draws=draws)
+        self.num_passes += 1
+        self._send(prompts.record_X[: MAX_PROMPTS + num_rows], flights)
+
+    def _send(self, record: Tensor, entering: list[Flight]) -> None:
+        self._unread.append(Unread(Readback(record), entering))
+        self._num_sent += 1
 
     def launch(self) -> bool:
         """Run a tick; False, and nothing was run, when the stretch has to end."""
-        assert self.is_running and self.num_unread <= self.lag
-        if self._bucket(len(self._row_of)) < self._num_rows:
+        assert self.is_running
+        # A third more, so that a batch whose size moves about a graph's does not end it.
+        if self._bucket(min(4 * len(self._row_of) // 3, self.buckets[-1])) < self._num_rows:
             return False
         fresh = self._reserve(self._rows())
         if fresh is None:
@@ -165,26 +311,35 @@ class CapturedTicks:
             pages = self.blocks.tables.reshape(-1)[fresh].astype(np.int64)
             at = upload(fresh, self.device)
             tick.tables_TM.view(-1).index_copy_(0, at, upload(pages, self.device).int())
+        self._tell_ended()
+        self.graphs.run(tick, self._num_rows, draws=self._draws)
+        self.num_launched += 1
+        self._send(tick.rows.record_N2[: self._num_rows], [])
+        return True
+
+    def _tell_ended(self) -> None:
+        """Stop rows that the host ended."""
         if self._ended:
             ended = upload(np.array(self._ended), self.device)
-            tick.rows.is_alive_N.index_fill_(0, ended, False)
+            self.tick.rows.is_alive_N.index_fill_(0, ended, False)
             self._ended.clear()
-        self.graphs.run(self._num_rows, draws=self._draws)
-        self.num_launched += 1
-        self._unread.append(Readback(tick.rows.record_N2[: self._num_rows]))
-        return True
 
     def _rows(self) -> Ints:
         """Rows of requests that run."""
         return np.fromiter(self._row_of.values(), np.int64, len(self._row_of))
 
     def read(self) -> list[Done]:
-        """Read the oldest tick and count what it stored; returns the tokens that are through.
+        """Read the oldest tick or pass and count what it stored; returns what is through.
 
         The caller notes them, ends what is to end, and calls `go_on` with the rest.
         """
+        record, entering = self._unread.popleft()
+        number, self._num_read = self._num_read, self._num_read + 1
+        if entering:
+            return self._read_prompts(record.numpy(), entering)
         rows = self._rows()
-        code, depth = self._unread.popleft().numpy()[rows].T
+        rows = rows[self._since[rows] <= number]
+        code, depth = record.numpy()[rows].T
         assert (code != IDLE).all(), "the device ended a row that the host did not"
         stores = depth == 1 if self.keeps_first_keys else np.ones_like(depth, bool)
         slots, one = self._slots[rows][stores], np.ones(int(stores.sum()), np.int64)
@@ -192,14 +347,38 @@ class CapturedTicks:
         has_left = code != WENT_ON
         self._recursion[rows] = np.where(has_left, 0, depth)
         left = zip(rows[has_left], code[has_left].tolist(), depth[has_left].tolist(), strict=True)
-        return [Done(self.flights[row], token, depth) for row, token, depth in left]
+        return [Done(self._flight(row), token, [depth]) for row, token, depth in left]
+
+    def _flight(self, row: int) -> Flight:
+        flight = self.flights[row]
+        assert flight is not None
+        return flight
+
+    def _read_prompts(self, record: Ints, flights: list[Flight]) -> list[Done]:
+        done, layout, first = [], self.blocks.layout, MAX_PROMPTS
+        tables = np.arange(layout.num_tables)
+        for token, flight in zip(record, flights, strict=False):
+            count, slot = flight.count, flight.request.slot
+            depth, first = record[first : first + count], first + count
+            row = self._row_of.get(id(flight.request))
+            if row is None:
+                continue  # it was ended meanwhile
+            self._pending[row] = 0
+            # Prelude and coda, and recursion 1, keep every token.
+            stored = (depth[:, None] >= tables).sum(0) * self.blocks.serves[slot]
+            slots = np.full_like(tables, slot)
+            self.blocks.commit(slots, tables, stored, count * self.blocks.serves[slot])
+            self.blocks.trim(slots[:1])
+            done.append(Done(flight, int(token), depth.tolist()))
+        return done
 
     def go_on(self, requests: list[Request]) -> None:
         """Follow the device to the next token of requests that have drawn one and not ended."""
         rows = [self._row_of[id(request)] for request in requests]
         for row in rows:
-            self.flights[row].start += 1
-            self.flights[row].request.num_started += 1
+            flight = self._flight(row)
+            flight.start += 1
+            flight.request.num_started += 1
         if self.blocks.layout.own_layers and rows:
             slots = self._slots[rows]
             one = np.ones_like(slots)
@@ -220,10 +399,11 @@ class CapturedTicks:
         if not len(rows):
             return
         runner, blocks, tick = self.runner, self.blocks, self.tick.rows
-        flights = [self.flights[row] for row in rows]
+        flights = [self._flight(row) for row in rows]
         recursion, slots = self._recursion[rows], self._slots[rows]
         for flight, done in zip(flights, recursion.tolist(), strict=True):
             flight.recursion, flight.active = done, flight.rows
+            runner.note_policy(flight)
         index = upload(rows, self.device)
         about = torch.stack((tick.position_N, tick.token_N, tick.recursion_N, tick.is_alive_N), 1)
         position, token, at, is_alive = about[index].cpu().numpy().T

@@ -12,6 +12,7 @@ requests, M pages of the longest table, W tokens that end an answer.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -102,24 +103,34 @@ class DeviceTick:
             layout,
         )
         self.router = DepthRouter(model)
-        self.rows = DeviceRows.zeros(num_rows, model, layout, groups.state_dtype)
+        self.new_rows = partial(
+            DeviceRows.zeros, model=model, layout=layout, dtype=groups.state_dtype
+        )
+        """makes rows that are not alive"""
+        self.rows = self.new_rows(num_rows + 1)
+        """the last is for whatever nobody asked for"""
         self.tables_TM = tables_TM
         self.table_C = torch.arange(layout.num_tables, device=model.device)
         self.keeps_first_keys = self.config.kv_strategy == "shared"
         self.has_gate = self.config.gating in ("weighted", "residual")
 
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Where these are False a tick changes nothing."""
+        return (self.rows.is_alive_N,)
+
     @torch.inference_mode()
     def run(self, num_rows: int, *, draws: bool) -> None:
         """Run a tick on the first rows; `draws` where some row has a temperature."""
         rows = self.rows.first(num_rows)
-        chosen_N, exit_gate_N, x_ND = self._run_block(rows)
+        chosen_N, exit_gate_N, x_ND = self.run_block(rows)
         done_N = rows.recursion_N + 1
-        goes_on_N = rows.is_alive_N & self._goes_on(rows, x_ND, done_N, chosen_N)
+        goes_on_N = rows.is_alive_N & self.goes_on(rows, x_ND, done_N, chosen_N)
         leaves_N = rows.is_alive_N & ~goes_on_N
-        drawn_N = self._run_coda(rows, x_ND, leaves_N, exit_gate_N, draws=draws)
+        out_ND = self.run_coda(rows, x_ND, leaves_N, done_N, exit_gate_N)
+        drawn_N = self.draw(rows, out_ND, draws=draws)
         length_N = rows.length_N + leaves_N
-        is_end_N = (drawn_N[:, None] == rows.end_NW).any(1) | (length_N >= rows.last_N)
-        enters_N = leaves_N & ~is_end_N & (drawn_N >= 0)
+        enters_N = leaves_N & self.goes_further(rows, drawn_N, length_N)
         rows.record_N2[:, 0].copy_(drawn_N.where(leaves_N, torch.where(goes_on_N, WENT_ON, IDLE)))
         rows.record_N2[:, 1].copy_(done_N * rows.is_alive_N)
         rows.length_N.copy_(length_N)
@@ -127,13 +138,13 @@ class DeviceTick:
         rows.position_N.add_(enters_N)
         rows.recursion_N.copy_(done_N.where(goes_on_N, rows.recursion_N * ~enters_N))
         rows.is_alive_N.copy_(goes_on_N | enters_N)
-        first_ND = self._run_prelude(rows, enters_N)
+        first_ND = self.run_prelude(rows, enters_N)
         enters_N1, goes_on_N1 = enters_N[:, None], goes_on_N[:, None]
         rows.x_ND.copy_(first_ND.where(enters_N1, x_ND.where(goes_on_N1, rows.x_ND)))
         if self.router.is_token_choice:
             rows.start_ND.copy_(first_ND.where(enters_N1, rows.start_ND))
 
-    def _run_block(self, rows: DeviceRows) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def run_block(self, rows: DeviceRows) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Run the block on all rows; returns depths and exit gates (token choice), and states."""
         x_ND, recursion_N = rows.x_ND, rows.recursion_N
         chosen_N = exit_gate_N = gate_N = None
@@ -152,7 +163,7 @@ class DeviceTick:
             block_ND = block_ND * self.stack.recursion_encoding[recursion_N].to(block_ND)
         return chosen_N, exit_gate_N, self.router.join(x_ND, block_ND, gate_N)
 
-    def _goes_on(
+    def goes_on(
         self, rows: DeviceRows, x_ND: Tensor, done_N: Tensor, chosen_N: Tensor | None
     ) -> Tensor:
         """Tell which rows take another recursion; of rows that are not alive, anything."""
@@ -175,25 +186,22 @@ class DeviceTick:
             asks_all=True,
         )
 
-    def _run_coda(
+    def run_coda(
         self,
         rows: DeviceRows,
         x_ND: Tensor,
         leaves_N: Tensor,
+        depth_N: Tensor,
         exit_gate_N: Tensor | None,
-        *,
-        draws: bool,
     ) -> Tensor:
-        """Run coda and head, and draw the next token; -1 where the logits are not finite."""
+        """Take rows that leave the block at these depths through the coda; of others, anything."""
         if self.router.is_token_choice:
             x_ND = self.router.leave(rows.start_ND, x_ND, exit_gate_N)
         if self.stack.exit_maps is not None:
-            x_ND = self._map_exits(x_ND, rows.recursion_N + 1)
+            x_ND = self._map_exits(x_ND, depth_N)
         if self.config.num_coda_layers:
             x_ND = self.groups.run("coda", x_ND.clone(), self._own_rows(rows, leaves_N))
-        logit_NV = self.groups.logits(x_ND)
-        best_N = self.groups.argmax(logit_NV)
-        return self._draw(rows, logit_NV.float(), best_N) if draws else best_N
+        return x_ND
 
     def _map_exits(self, x_ND: Tensor, depth_N: Tensor) -> Tensor:
         """Pass every row through every map, and keep what its depth says."""
@@ -204,6 +212,12 @@ class DeviceTick:
             mapped_ND = (x_ND + maps.step(x_ND, weight_DD)).where(is_here_N1, mapped_ND)
         return mapped_ND
 
+    def draw(self, rows: DeviceRows, x_ND: Tensor, *, draws: bool) -> Tensor:
+        """Run the head on states after the coda, and draw; -1 where the logits are not finite."""
+        logit_NV = self.groups.logits(x_ND)
+        best_N = self.groups.argmax(logit_NV)
+        return self._draw(rows, logit_NV.float(), best_N) if draws else best_N
+
     def _draw(self, rows: DeviceRows, logit_NV: Tensor, best_N: Tensor) -> Tensor:
         """Draw as `Sampler` does with a temperature and nothing else."""
         divisor_N1 = rows.temperature_N.clamp(*TEMPERATURES)[:, None]
@@ -213,7 +227,12 @@ class DeviceTick:
         is_drawn_N = (rows.temperature_N > 0) & (share_NV.gather(1, drawn_N1)[:, 0] > 0)
         return drawn_N1[:, 0].where(is_drawn_N & (best_N >= 0), best_N)
 
-    def _run_prelude(self, rows: DeviceRows, enters_N: Tensor) -> Tensor:
+    def goes_further(self, rows: DeviceRows, drawn_N: Tensor, length_N: Tensor) -> Tensor:
+        """Tell which answers go on after a token that makes them so long."""
+        is_end_N = (drawn_N[:, None] == rows.end_NW).any(1) | (length_N >= rows.last_N)
+        return ~is_end_N & (drawn_N >= 0)
+
+    def run_prelude(self, rows: DeviceRows, enters_N: Tensor) -> Tensor:
         x_ND = self.stack.embed_tokens(rows.token_N).to(rows.x_ND.dtype)
         if not self.config.num_prelude_layers:
             return x_ND

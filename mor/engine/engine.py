@@ -192,12 +192,13 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Run one tick; returns what it brought."""
-        if self.captured is not None and self.captured.is_running:
-            return self._step_captured(self.captured)
+        captured = self.captured
+        if captured is not None and (captured.is_running or captured.begin(self.scheduler)):
+            return self._step_captured(captured)
         batch = self.scheduler.schedule()
         self.runner.enter(batch)
-        if self.captured is not None and self.captured.begin(self.scheduler):
-            return self._step_captured(self.captured)
+        if captured is not None and captured.begin(self.scheduler):
+            return self._step_captured(captured)
         self.runner.advance(batch)
         due = self.scheduler.collect(batch)
         if not due:
@@ -236,19 +237,20 @@ class Engine:
         return pieces
 
     def _step_captured(self, captured: CapturedTicks) -> list[StepOutput]:
-        """Launch a tick and read one that is older, or read all and end the stretch."""
-        goes_on = not self.scheduler.can_admit() and captured.launch()
+        """Take prompts in, launch a tick and read one that is older; or read all and end it."""
+        goes_on = captured.admit(self.scheduler) and captured.launch()
         pieces: list[StepOutput] = []
         while captured.is_running and captured.num_unread > (captured.lag if goes_on else 0):
             done = captured.read()
             if not done:
                 continue
-            self.scheduler.see_depths([depth for _, _, depth in done])
+            self.scheduler.see_depths([depth for _, _, depths in done for depth in depths])
             drawing = []
-            for place, (flight, _, depth) in enumerate(done):
-                piece = _note_depths(flight, [depth])
+            for place, (flight, _, depths) in enumerate(done):
+                piece = _note_depths(flight, depths)
                 pieces.append(piece)
                 drawing.append((flight.request, piece, place))
+                self.scheduler.keep_newest(flight)
                 self.scheduler.remember(flight.request)
             captured.go_on(self._note_tokens(drawing, [token for _, token, _ in done], {}))
         if not goes_on and captured.is_running:

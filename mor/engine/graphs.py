@@ -1,59 +1,70 @@
-"""Replays a tick as CUDA graphs, one for each number of rows, captured at first use.
+"""Replays ticks and passes as CUDA graphs, one for each number of rows, captured at first use.
 
-On a CPU the tick runs op by op: the same function, so that tests there hold for both.
+On a CPU they run op by op: the same functions, so that tests there hold for both.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mor.engine.device_tick import DeviceTick
+
+class Runs(Protocol):
+    """What is captured: it asks the device for nothing, and its tensors keep size and address."""
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Bool tensors; where all is False a run changes nothing that anybody reads."""
+        ...
+
+    def run(self, num_rows: int, *, draws: bool) -> None: ...
 
 
 class Graphs:
-    """Runs ticks of a `DeviceTick`; on a GPU a tick is one launch."""
+    """Runs what it is given; on a GPU a run is one launch."""
 
-    def __init__(self, tick: DeviceTick) -> None:
-        self.tick = tick
-        self.device = tick.tables_TM.device
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._graphs: dict[tuple[Runs, int, bool], torch.cuda.CUDAGraph] = {}
         self._memory = None
-        """of all graphs: they run one after the other, and what one leaves is in the tick's rows"""
+        """of all graphs: they run one after the other, and what one leaves is in its own rows"""
 
     @property
     def num_captured(self) -> int:
         return len(self._graphs)
 
-    def run(self, num_rows: int, *, draws: bool) -> None:
+    def run(self, what: Runs, num_rows: int, *, draws: bool) -> None:
         if self.device.type != "cuda":
-            self.tick.run(num_rows, draws=draws)
+            what.run(num_rows, draws=draws)
             return
-        key = num_rows, draws
+        key = what, num_rows, draws
         if key not in self._graphs:
-            self._graphs[key] = self._capture(num_rows, draws=draws)
+            self._graphs[key] = self._capture(*key)
         self._graphs[key].replay()
 
     @torch.inference_mode()
-    def _capture(self, num_rows: int, *, draws: bool) -> torch.cuda.CUDAGraph:
-        """Compile kernels by ticks of rows that are not alive, which change nothing; capture."""
-        is_alive_N = self.tick.rows.is_alive_N
-        kept_N = is_alive_N.clone()
-        is_alive_N.zero_()
+    def _capture(self, what: Runs, num_rows: int, draws: bool) -> torch.cuda.CUDAGraph:
+        """Compile kernels by runs without a row, which change nothing; capture."""
+        kept = [mask.clone() for mask in what.masks]
+        for mask in what.masks:
+            mask.zero_()
         stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.tick.run(num_rows, draws=draws)
+                what.run(num_rows, draws=draws)
         current.wait_stream(stream)
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self.tick.run(num_rows, draws=draws)
-        is_alive_N.copy_(kept_N)
+            what.run(num_rows, draws=draws)
+        for mask, values in zip(what.masks, kept, strict=True):
+            mask.copy_(values)
         return graph
 
 

@@ -47,7 +47,8 @@ def build_captured(
     is_wanted = config.capture == "on" or (config.capture == "auto" and is_fast)
     if why is not None or not is_wanted:
         return None
-    return CapturedTicks(model, runner, blocks, max_requests=config.max_num_seqs)
+    most = {"max_requests": config.max_num_seqs, "max_rows": config.max_num_batched_tokens}
+    return CapturedTicks(model, runner, blocks, **most)
 
 
 def build_groups(

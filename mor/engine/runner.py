@@ -137,10 +137,10 @@ class Runner(ABC):
         self.limit[rows] = np.repeat(limits, call.active)
         self.is_replayed[rows] = False
         for flight in flights:
-            self._note_policy(flight)
+            self.note_policy(flight)
         self.run_prelude(call)
 
-    def _note_policy(self, flight: Flight) -> None:
+    def note_policy(self, flight: Flight) -> None:
         """Note a request's thresholds, and the depths that its tokens are known to have."""
         request = flight.request
         if self.policy[request.slot] is not request.policy:

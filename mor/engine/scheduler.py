@@ -153,13 +153,33 @@ class Scheduler:
         """Let waiting requests in while slots, pages and rows last; returns pages to copy."""
         copies: list[tuple[int, int]] = []
         while budget > 0 and self.can_admit():
-            request = self.waiting.popleft()
-            request.slot = self.free_slots.pop()
-            self.blocks.open(request.slot, request.policy.max_recursions)
-            self._place(request)
-            copies += self._adopt_prefix(request)
+            request, copied = self.let_in()
+            copies += copied
             budget -= self._chunk(request, budget)
         return copies
+
+    def let_in(self) -> tuple[Request, list[tuple[int, int]]]:
+        """Let the next waiting request in; returns it, and pages to copy before it begins."""
+        request = self.waiting.popleft()
+        request.slot = self.free_slots.pop()
+        self.blocks.open(request.slot, request.policy.max_recursions)
+        self._place(request)
+        return request, self._adopt_prefix(request)
+
+    def start_whole(self, request: Request) -> Flight:
+        """Send all that is known of a request into the model; the caller keeps its places."""
+        self.prompting.remove(request)
+        self._start(request, request.num_pending)
+        flight = self.entering.pop()
+        self.in_block.append(flight)
+        self.num_rows_run += flight.count
+        return flight
+
+    def keep_newest(self, flight: Flight) -> None:
+        """Let a prompt that is through go on as its last token, and free the other rows."""
+        self.free_rows.extend(flight.rows[:-1].tolist())
+        flight.start, flight.rows = flight.stop - 1, flight.rows[-1:]
+        flight.active = flight.rows
 
     def can_admit(self) -> bool:
         """Tell whether slots and pages last for the next waiting request."""
@@ -167,6 +187,19 @@ class Scheduler:
             return False
         expected = self._pages_expected(self.waiting[0])
         return not self.running or expected <= self.blocks.num_available
+
+    def has_rows(self, count: int) -> bool:
+        """Tell whether so many tokens of a prompt can start, and every request can still decode."""
+        return count <= len(self.free_rows) - self.config.max_num_seqs
+
+    def num_to_run(self) -> int:
+        """Return the tokens of the next waiting request that the prefix cache does not have."""
+        request = self.waiting[0]
+        if self.prefix is None or not request.params.cache_prefix:
+            return request.num_tokens
+        tokens = request.tokens(0, request.num_tokens)
+        chain = self.prefix.match(request.policy, tokens, len(tokens) - 1)
+        return len(tokens) - len(chain) * self.prefix.block_size
 
     def _place(self, request: Request) -> None:
         """Put a request among the running ones, in order of arrival."""

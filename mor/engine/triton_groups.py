@@ -1,7 +1,7 @@
-"""The engine's layers on a GPU: matrix products of PyTorch, Triton kernels for paged attention.
+"""The engine's layers on a GPU: matrix products of PyTorch, Triton kernels for all between them.
 
 Checked in Triton's interpreter and on an H200.
-Shapes: N rows, H query heads, G key heads, K head size.
+Shapes: N rows, D width, H query heads, G key heads, K head size, C positions.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from mor.engine.blocks import Ints
-from mor.engine.layers import LayerRows, TorchGroups
+from mor.engine.layers import GroupName, LayerRows, TorchGroups
+from mor.model.layers import Layer, RMSNorm, rotary_angles
 from mor.model.mor import MoR
 from mor.ops.triton.decode import paged_decode, pick_splits
+from mor.ops.triton.norm import add_rms_norm, silu_mul
 from mor.ops.triton.prefill import paged_prefill, plan_tiles
-from mor.ops.triton.store import store
+from mor.ops.triton.reference import AddNorm
+from mor.ops.triton.store import rotate_and_store, store
 
 CHUNK_ROWS = 8
 """a stretch of rows of one table from which tiles of rows pay"""
 
 
 class TritonGroups(TorchGroups):
-    """`TorchGroups` with the stores and the attention of `mor.ops.triton`."""
+    """`TorchGroups` with the kernels of `mor.ops.triton`."""
 
     def __init__(
         self,
@@ -46,6 +49,55 @@ class TritonGroups(TorchGroups):
             num_processors=processors,
         )
 
+        position_C = torch.arange(self.config.max_position_embeddings, device=pool.device)
+        angles = rotary_angles(position_C, self.config, dtype=torch.float32)
+        self.cos_CK, self.sin_CK = (part_C1K[:, 0].contiguous() for part_C1K in angles)
+
+    def run(self, group: GroupName, x_ND: Tensor, rows: LayerRows) -> Tensor:
+        layers = self._layers(group, rows)
+        is_whole = rows.num_kv_rows == rows.num_full_rows == len(rows)
+        if not is_whole or self.config.lora_rank or not len(rows):
+            return super().run(group, x_ND, rows)
+        recursion_N = rows.recursion_N
+        x_ND, normed_ND = _add_norm(x_ND, None, layers[0].input_layernorm, recursion_N)
+        norms = [layer.input_layernorm for layer in layers[1:]]
+        for layer, norm, kv in zip(layers, [*norms, None], self.kv[group], strict=True):
+            x_ND, normed_ND = self._fused_layer(layer, x_ND, normed_ND, norm, kv, rows)
+        return x_ND
+
+    def _fused_layer(
+        self,
+        layer: Layer,
+        x_ND: Tensor,
+        normed_ND: Tensor,
+        next_norm: RMSNorm | None,
+        kv: Tensor,
+        rows: LayerRows,
+    ) -> AddNorm:
+        """Apply a layer to rows that all make keys; returns the stream, normed for the next one."""
+        attention, mlp = layer.self_attn, layer.mlp
+        q_NHK = attention.split(attention.q_proj(normed_ND), attention.q_norm)
+        k_NGK = attention.split(attention.k_proj(normed_ND), attention.k_norm)
+        v_NGK = attention.split(attention.v_proj(normed_ND))
+        q_NHK = rotate_and_store(
+            q_NHK,
+            k_NGK,
+            v_NGK,
+            kv,
+            rows.slot_N,
+            cos_CK=self.cos_CK,
+            sin_CK=self.sin_CK,
+            position_N=rows.position_N,
+        )
+        out_ND = attention.o_proj(self._attend(q_NHK, kv, rows).flatten(-2))
+        norm, recursion_N = layer.post_attention_layernorm, rows.recursion_N
+        x_ND, normed_ND = _add_norm(x_ND, out_ND, norm, recursion_N)
+        made_NF = silu_mul(mlp.gate_proj(normed_ND), mlp.up_proj(normed_ND))
+        out_ND = mlp.down_proj(made_NF)
+        if next_norm is None:
+            return AddNorm(x_ND + out_ND, normed_ND)
+        return _add_norm(x_ND, out_ND, next_norm, recursion_N)
+
     def _store(self, k_NGK: Tensor, v_NGK: Tensor, kv: Tensor, rows: LayerRows) -> None:
         store(k_NGK.contiguous(), v_NGK.contiguous(), kv, rows.slot_N[: len(k_NGK)])
 
@@ -65,6 +117,13 @@ class TritonGroups(TorchGroups):
             )
         tiles = plan_tiles(host[:N].tolist(), group=self.group).to(q_NHK.device)
         return paged_prefill(q_NHK, kv, rows.tables_TM, count_N, tiles)
+
+
+def _add_norm(
+    x_ND: Tensor, update_ND: Tensor | None, norm: RMSNorm, recursion_N: Tensor
+) -> AddNorm:
+    by_recursion = recursion_N if norm.weight.dim() == 2 else None
+    return add_rms_norm(x_ND, update_ND, norm.weight, eps=norm.eps, recursion_N=by_recursion)
 
 
 def _longest_run(table_N: Ints) -> int:

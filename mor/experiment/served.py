@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,9 +55,11 @@ def _decoded(
             for cell in cells
         ]
         shares = [
-            f"{_efficiency(cell, regime, 'mor'):.2f} ({_efficiency(cell, regime, 'twin'):.2f})"
+            f"{ours:.2f} ({_efficiency(cell, regime, 'twin'):.2f})"
             for cell in cells
+            if (ours := _efficiency(cell, regime, "mor")) is not None
         ]
+        kernels = f"of what the kernels allow {', '.join(shares)}, the twin's in brackets; "
         reached = [cell[f"speedup_{regime}"] >= paper[cell["recursions"]] for cell in cells]
         quicker = all(cell[f"speedup_{regime}_q1"] > 1 for cell in cells)
         yield Claim(
@@ -66,13 +69,16 @@ def _decoded(
             f"{', '.join(said)} times the twin",
             "yes" if all(reached) else "quicker, not by as much" if quicker else "no",
             *about,
-            f"quartiles {', '.join(quartiles)}; of what the kernels allow {', '.join(shares)}, the "
-            f"twin's in brackets; layers alone would give {bounds}",
+            f"quartiles {', '.join(quartiles)}; {kernels if shares else ''}layers alone would give "
+            f"{bounds}",
         )
 
 
-def _efficiency(cell: dict[str, Any], regime: str, side: str) -> float:
-    """Return the efficiency of a side in a regime; of the only one where both are the same run."""
+def _efficiency(cell: dict[str, Any], regime: str, side: str) -> float | None:
+    """Return the efficiency of a side in a regime; of the only one where both are the same run.
+
+    None on a GPU, where none is told
+    """
     rows = [row for row in cell["rows"] if row["side"] == side]
     return next((row for row in rows if row["regime"] == regime), rows[0])["efficiency"]
 
@@ -111,12 +117,15 @@ def _prefilled(scale: str, report: dict[str, Any], about: tuple[str, str]) -> It
 def slowest(report: dict[str, Any]) -> tuple[float, str]:
     """Return the least of its bound that a MoR of a report reached, and which that was."""
     regimes = {"fixed_batch": "at equal requests", "max_batch": "at equal bytes"}
-    least, recursions, regime = min(
+    found = [
         (row["efficiency"], cell["recursions"], row["regime"])
         for cell in report["cells"]
         for row in cell["rows"]
-        if row["side"] == "mor"
-    )
+        if row["side"] == "mor" and row["efficiency"] is not None
+    ]
+    if not found:
+        return math.nan, "efficiency is told on a CPU alone"
+    least, recursions, regime = min(found)
     return least, (
         f"the 135M shape, drawn depths, reaches {least:.2f} at least (MoR-{recursions}, "
         f"{regimes[regime]})"

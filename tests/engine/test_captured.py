@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor.engine.captured import CapturedTicks
 from mor.engine.engine import Engine
+from mor.engine.graphs import Runs
 from mor.engine.layers import TorchGroups
 from mor.engine.params import SamplingParams
 from mor.model.mor import MoR
@@ -260,9 +261,10 @@ def test_rows_that_end_leave_a_smaller_graph() -> None:
     ticks, sizes = ticks_of(engine), set()
     run = ticks.graphs.run
 
-    def noted(num_rows: int, *, draws: bool) -> None:
-        sizes.add(num_rows)
-        run(num_rows, draws=draws)
+    def noted(what: Runs, num_rows: int, *, draws: bool) -> None:
+        if what is ticks.tick:
+            sizes.add(num_rows)
+        run(what, num_rows, draws=draws)
 
     ticks.graphs.run = noted
     outputs = engine.generate(
