@@ -135,7 +135,7 @@ def play_any_mix(
         block_size=block_size,
         max_num_seqs=seqs,
         max_num_batched_tokens=seqs + data.draw(st.integers(1, 30)),
-        kv_cache_bytes=pages_for(model, 50, block_size, data.draw(st.sampled_from([1.0, 1.5, 4]))),
+        kv_cache_bytes=pages_for(model, 36 + max_new, block_size, data.draw(st.sampled_from([1.0, 1.5, 4]))),
         enable_prefix_caching=data.draw(st.booleans()),
         coda_period=data.draw(st.integers(0, 3)),
     )

@@ -70,6 +70,7 @@ class CapturedTicks:
         *,
         max_requests: int,
         max_rows: int,
+        tick_of: type[DeviceTick] = DeviceTick,
         lag: int = LAG,
     ) -> None:
         """Serve at most so many requests at a time, and so many rows of prompts in a pass."""
@@ -79,7 +80,7 @@ class CapturedTicks:
         most = min(max_requests, BUCKETS[-1])
         self.buckets = sorted({*(bucket for bucket in BUCKETS if bucket < most), most})
         tables_TM = torch.from_numpy(blocks.tables).flatten(0, 1)
-        self.tick = DeviceTick(
+        self.tick = tick_of(
             model, runner.groups, blocks.layout, num_rows=most,
             tables_TM=tables_TM.to(self.device, copy=True),
         )  # fmt: skip

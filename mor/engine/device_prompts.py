@@ -94,10 +94,8 @@ class DevicePrompts:
                 rank_N = before_N - before_N[first_N]
                 rows.count_NC.copy_(self.next.count_NC[prompt_N] + rank_N[:, None])
                 count_QC[:, 1 + recursion] += until_N[last_Q] - before_N[first_Q]
-            chosen_N, exit_gate_N, x_ND = tick.run_block(rows)
-            rows.x_ND.copy_(x_ND.where(is_alive_N[:, None], rows.x_ND))
+            x_ND, goes_on_N, exit_gate_N = tick.recurse(rows)
+            rows.x_ND.copy_(x_ND)
+            rows.is_alive_N.copy_(goes_on_N)
             depth_N += is_alive_N
-            if recursion + 1 < R:
-                goes_on_N = tick.goes_on(rows, x_ND, rows.recursion_N + 1, chosen_N)
-                rows.is_alive_N.copy_(is_alive_N & goes_on_N)
         return depth_N, count_QC, exit_gate_N

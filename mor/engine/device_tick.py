@@ -90,6 +90,17 @@ class DeviceRows(NamedTuple):
         return DeviceRows(*(tensor[:count] for tensor in self))
 
 
+class Recursed(NamedTuple):
+    """What a recursion made of rows."""
+
+    x_ND: Tensor
+    """of rows that are not alive as they were"""
+    goes_on_N: Tensor
+    """bool, who takes another recursion"""
+    exit_gate_N: Tensor | None
+    """token choice, where it gates at the exit"""
+
+
 class DeviceTick:
     """Runs ticks on its rows. Tables of pages are its own copy: the host brings what is new."""
 
@@ -123,58 +134,52 @@ class DeviceTick:
     def run(self, num_rows: int, *, draws: bool) -> None:
         """Run a tick on the first rows; `draws` where some row has a temperature."""
         rows = self.rows.first(num_rows)
-        chosen_N, exit_gate_N, x_ND = self.run_block(rows)
-        done_N = rows.recursion_N + 1
-        goes_on_N = rows.is_alive_N & self.goes_on(rows, x_ND, done_N, chosen_N)
+        x_ND, goes_on_N, exit_gate_N = self.recurse(rows)
         leaves_N = rows.is_alive_N & ~goes_on_N
-        out_ND = self.run_coda(rows, x_ND, leaves_N, done_N, exit_gate_N)
+        out_ND = self.run_coda(rows, x_ND, leaves_N, rows.recursion_N + 1, exit_gate_N)
         drawn_N = self.draw(rows, out_ND, draws=draws)
-        length_N = rows.length_N + leaves_N
-        enters_N = leaves_N & self.goes_further(rows, drawn_N, length_N)
-        rows.record_N2[:, 0].copy_(drawn_N.where(leaves_N, torch.where(goes_on_N, WENT_ON, IDLE)))
-        rows.record_N2[:, 1].copy_(done_N * rows.is_alive_N)
-        rows.length_N.copy_(length_N)
-        rows.token_N.copy_(drawn_N.where(enters_N, rows.token_N))
-        rows.position_N.add_(enters_N)
-        rows.recursion_N.copy_(done_N.where(goes_on_N, rows.recursion_N * ~enters_N))
-        rows.is_alive_N.copy_(goes_on_N | enters_N)
+        enters_N = self.advance(rows, drawn_N, goes_on_N)
         first_ND = self.run_prelude(rows, enters_N)
-        enters_N1, goes_on_N1 = enters_N[:, None], goes_on_N[:, None]
-        rows.x_ND.copy_(first_ND.where(enters_N1, x_ND.where(goes_on_N1, rows.x_ND)))
+        rows.x_ND.copy_(first_ND.where(enters_N[:, None], x_ND))
         if self.router.is_token_choice:
-            rows.start_ND.copy_(first_ND.where(enters_N1, rows.start_ND))
+            rows.start_ND.copy_(first_ND.where(enters_N[:, None], rows.start_ND))
 
-    def run_block(self, rows: DeviceRows) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Run the block on all rows; returns depths and exit gates (token choice), and states."""
-        x_ND, recursion_N = rows.x_ND, rows.recursion_N
-        chosen_N = exit_gate_N = gate_N = None
-        at_N1 = recursion_N[:, None]
+    def recurse(self, rows: DeviceRows) -> Recursed:
+        """Take rows that are alive through the block, at the recursion where they stand."""
+        x_ND, choice = rows.x_ND, None
         if self.router.is_token_choice:
             choice = self.router.choose(rows.start_ND)
-            chosen_N = choice.depth_N
-            if choice.step_gate_NR is not None:
-                gate_N = choice.step_gate_NR.gather(1, at_N1)[:, 0]
-            if choice.exit_gate_N1 is not None:
-                exit_gate_N = choice.exit_gate_N1[:, 0]
-        elif self.has_gate:
-            gate_N = self._decide(rows, x_ND, recursion_N).gate_N
-        block_ND = self.groups.run("block", x_ND.clone(), self._block_rows(rows))
+        block_ND = self.groups.run("block", x_ND, self._block_rows(rows))
         if self.stack.recursion_encoding is not None:
-            block_ND = block_ND * self.stack.recursion_encoding[recursion_N].to(block_ND)
-        return chosen_N, exit_gate_N, self.router.join(x_ND, block_ND, gate_N)
+            block_ND = block_ND * self.stack.recursion_encoding[rows.recursion_N].to(block_ND)
+        if choice is None:
+            return Recursed(*self._join_and_ask(rows, block_ND), None)
+        at_N1, gate_N, exit_gate_N = rows.recursion_N[:, None], None, None
+        if choice.step_gate_NR is not None:
+            gate_N = choice.step_gate_NR.gather(1, at_N1)[:, 0]
+        if choice.exit_gate_N1 is not None:
+            exit_gate_N = choice.exit_gate_N1[:, 0]
+        joined_ND = self.router.join(x_ND, block_ND, gate_N)
+        most_N = torch.minimum(rows.limit_N, choice.depth_N)
+        goes_on_N = rows.is_alive_N & (rows.recursion_N + 1 < most_N)
+        return Recursed(joined_ND.where(rows.is_alive_N[:, None], x_ND), goes_on_N, exit_gate_N)
 
-    def goes_on(
-        self, rows: DeviceRows, x_ND: Tensor, done_N: Tensor, chosen_N: Tensor | None
-    ) -> Tensor:
-        """Tell which rows take another recursion; of rows that are not alive, anything."""
-        may_N = done_N < rows.limit_N
-        if chosen_N is not None:
-            return may_N & (done_N < chosen_N)
-        if not self.router.has_gate:
-            return may_N
-        last = self.config.num_recursions - 1
-        asked_N = self._decide(rows, x_ND, done_N.clamp(max=last)).goes_on_N
-        return may_N if asked_N is None else may_N & asked_N
+    def _join_and_ask(self, rows: DeviceRows, block_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Join what the block made to the stream, and ask the routers who takes another recursion.
+
+        Returns states, of rows that are not alive as they were, and who goes on.
+        """
+        x_ND, is_alive_N, gate_N = rows.x_ND, rows.is_alive_N, None
+        if self.has_gate:
+            gate_N = self._decide(rows, x_ND, rows.recursion_N).gate_N
+        joined_ND = self.router.join(x_ND, block_ND, gate_N).where(is_alive_N[:, None], x_ND)
+        done_N = rows.recursion_N + 1
+        goes_on_N = is_alive_N & (done_N < rows.limit_N)
+        if self.router.has_gate:
+            last = self.config.num_recursions - 1
+            asked_N = self._decide(rows, joined_ND, done_N.clamp(max=last)).goes_on_N
+            goes_on_N = goes_on_N if asked_N is None else goes_on_N & asked_N
+        return joined_ND, goes_on_N
 
     def _decide(self, rows: DeviceRows, x_ND: Tensor, recursion_N: Tensor) -> Decision:
         return self.router.decide(
@@ -185,6 +190,20 @@ class DeviceTick:
             token_N=rows.token_N,
             asks_all=True,
         )
+
+    def advance(self, rows: DeviceRows, drawn_N: Tensor, goes_on_N: Tensor) -> Tensor:
+        """Bring rows to the next recursion or the token drawn; returns which begin with a token."""
+        leaves_N, done_N = rows.is_alive_N & ~goes_on_N, rows.recursion_N + 1
+        length_N = rows.length_N + leaves_N
+        enters_N = leaves_N & self.goes_further(rows, drawn_N, length_N)
+        rows.record_N2[:, 0].copy_(drawn_N.where(leaves_N, torch.where(goes_on_N, WENT_ON, IDLE)))
+        rows.record_N2[:, 1].copy_(done_N * rows.is_alive_N)
+        rows.length_N.copy_(length_N)
+        rows.token_N.copy_(drawn_N.where(enters_N, rows.token_N))
+        rows.position_N.add_(enters_N)
+        rows.recursion_N.copy_(done_N.where(goes_on_N, rows.recursion_N * ~enters_N))
+        rows.is_alive_N.copy_(goes_on_N | enters_N)
+        return enters_N
 
     def run_coda(
         self,
@@ -200,7 +219,7 @@ class DeviceTick:
         if self.stack.exit_maps is not None:
             x_ND = self._map_exits(x_ND, depth_N)
         if self.config.num_coda_layers:
-            x_ND = self.groups.run("coda", x_ND.clone(), self._own_rows(rows, leaves_N))
+            x_ND = self.groups.run("coda", x_ND, self._own_rows(rows, leaves_N))
         return x_ND
 
     def _map_exits(self, x_ND: Tensor, depth_N: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mor.engine.blocks import BlockManager, Layout
 from mor.engine.captured import CapturedTicks
 from mor.engine.config import EngineConfig
+from mor.engine.device_tick import DeviceTick
 from mor.engine.layers import LayerGroups, TorchGroups
 from mor.engine.native_groups import NativeGroups
 from mor.engine.native_runner import NativeRunner, fits
@@ -47,8 +48,19 @@ def build_captured(
     is_wanted = config.capture == "on" or (config.capture == "auto" and is_fast)
     if why is not None or not is_wanted:
         return None
-    most = {"max_requests": config.max_num_seqs, "max_rows": config.max_num_batched_tokens}
-    return CapturedTicks(model, runner, blocks, **most)
+    tick_of = DeviceTick
+    if type(runner.groups) is not TorchGroups:
+        from mor.engine.fused_tick import FusedTick
+
+        tick_of = FusedTick
+    return CapturedTicks(
+        model,
+        runner,
+        blocks,
+        max_requests=config.max_num_seqs,
+        max_rows=config.max_num_batched_tokens,
+        tick_of=tick_of,
+    )
 
 
 def build_groups(

@@ -6,9 +6,12 @@ Shapes: N rows, D width, H query heads, G key heads, K head size, C positions.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mor.engine.blocks import Ints
 from mor.engine.layers import GroupName, LayerRows, TorchGroups
@@ -53,10 +56,14 @@ class TritonGroups(TorchGroups):
         angles = rotary_angles(position_C, self.config, dtype=torch.float32)
         self.cos_CK, self.sin_CK = (part_C1K[:, 0].contiguous() for part_C1K in angles)
 
+        stack = self.model.model
+        layers = [*stack.prelude, *stack.block(0), *stack.coda]
+        self.packed = {} if self.config.lora_rank else {layer: _pack(layer) for layer in layers}
+
     def run(self, group: GroupName, x_ND: Tensor, rows: LayerRows) -> Tensor:
         layers = self._layers(group, rows)
         is_whole = rows.num_kv_rows == rows.num_full_rows == len(rows)
-        if not is_whole or self.config.lora_rank or not len(rows):
+        if not is_whole or layers[0] not in self.packed or not len(rows):
             return super().run(group, x_ND, rows)
         recursion_N = rows.recursion_N
         x_ND, normed_ND = _add_norm(x_ND, None, layers[0].input_layernorm, recursion_N)
@@ -75,10 +82,13 @@ class TritonGroups(TorchGroups):
         rows: LayerRows,
     ) -> AddNorm:
         """Apply a layer to rows that all make keys; returns the stream, normed for the next one."""
-        attention, mlp = layer.self_attn, layer.mlp
-        q_NHK = attention.split(attention.q_proj(normed_ND), attention.q_norm)
-        k_NGK = attention.split(attention.k_proj(normed_ND), attention.k_norm)
-        v_NGK = attention.split(attention.v_proj(normed_ND))
+        attention, packed = layer.self_attn, self.packed[layer]
+        heads, key_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        made_NX = F.linear(normed_ND, packed.qkv_XD, packed.qkv_X)
+        made_NXK = made_NX.unflatten(-1, (-1, attention.head_dim))
+        q_NHK, k_NGK, v_NGK = made_NXK.split([heads, key_heads, key_heads], 1)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            q_NHK, k_NGK = attention.q_norm(q_NHK), attention.k_norm(k_NGK)
         q_NHK = rotate_and_store(
             q_NHK,
             k_NGK,
@@ -92,8 +102,8 @@ class TritonGroups(TorchGroups):
         out_ND = attention.o_proj(self._attend(q_NHK, kv, rows).flatten(-2))
         norm, recursion_N = layer.post_attention_layernorm, rows.recursion_N
         x_ND, normed_ND = _add_norm(x_ND, out_ND, norm, recursion_N)
-        made_NF = silu_mul(mlp.gate_proj(normed_ND), mlp.up_proj(normed_ND))
-        out_ND = mlp.down_proj(made_NF)
+        gate_NF, up_NF = F.linear(normed_ND, packed.gate_up_FD).chunk(2, 1)
+        out_ND = layer.mlp.down_proj(silu_mul(gate_NF, up_NF))
         if next_norm is None:
             return AddNorm(x_ND + out_ND, normed_ND)
         return _add_norm(x_ND, out_ND, next_norm, recursion_N)
@@ -117,6 +127,29 @@ class TritonGroups(TorchGroups):
             )
         tiles = plan_tiles(host[:N].tolist(), group=self.group).to(q_NHK.device)
         return paged_prefill(q_NHK, kv, rows.tables_TM, count_N, tiles)
+
+
+class Packed(NamedTuple):
+    """Weights that meet the same states, one under the other: one product instead of three."""
+
+    qkv_XD: Tensor
+    qkv_X: Tensor | None
+    gate_up_FD: Tensor
+
+
+def _pack(layer: Layer) -> Packed:
+    """Put weights together; the layer's own become views of them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    joined = []
+    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+    for projections in (qkv, (mlp.gate_proj, mlp.up_proj)):
+        whole = torch.cat([projection.weight.data for projection in projections])
+        sizes = [projection.out_features for projection in projections]
+        for projection, part in zip(projections, whole.split(sizes), strict=True):
+            projection.weight.data = part
+        joined.append(whole)
+    biases = [projection.bias.data for projection in qkv if projection.bias is not None]
+    return Packed(joined[0], torch.cat(biases) if biases else None, joined[1])
 
 
 def _add_norm(
