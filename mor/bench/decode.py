@@ -229,5 +229,6 @@ def report_cell(
         in_flight=cell.in_flight,
         kv_budget_bytes=kv_budget,
         depths_are="drawn" if cell.is_drawn else "trained",
+        routing=config.routing,
         tables=None if tables is None else tables.to_dict(),
     )

@@ -16,13 +16,15 @@ import numpy as np
 from mor.bench.predict import Event, Window, full_window
 from mor.bench.workload import RequestSpec
 from mor.engine.blocks import Layout
+from mor.engine.captured import PASS_EVERY
 from mor.engine.config import EngineConfig
 from mor.engine.engine import Engine
 from mor.engine.params import SamplingParams
 from mor.model.mor import MoR
 
 MAX_STARVED_TICKS = 2
-"""ticks in a row in which a request waits although the batch is full: pages are short"""
+"""ticks in a row in which a request waits although the batch is full: pages are short; on captured
+ticks it may wait for the next pass besides"""
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +116,7 @@ def run_trace(
     run = Run([], [], in_flight)
     state, preempted = _State(), engine.scheduler.num_preemptions
     starved_ticks, resumed_s = 0, None
+    patience = MAX_STARVED_TICKS + (PASS_EVERY if engine.captured is not None else 0)
     is_gpu = engine.model.device.type == "cuda"
     while queue or live:
         state.wait_for(queue[0].arrival_s if queue and not live else 0.0)
@@ -145,7 +148,7 @@ def run_trace(
         is_full = state.num_begun >= in_flight and engine.scheduler.waiting
         starved_ticks = starved_ticks + 1 if is_full else 0
         is_preempted = engine.scheduler.num_preemptions > preempted
-        run.is_short |= is_preempted or starved_ticks > MAX_STARVED_TICKS
+        run.is_short |= is_preempted or starved_ticks > patience
         if (run.is_short and ends_when_short) or (until_dry and not queue):
             break
     for request_id in list(live):

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from mor.config import ModelConfig
 
 ServeShape = Literal["small", "135m", "360m"]
+Routing = Literal["paper", "ours"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 MIN_ROUNDS = 3
@@ -70,19 +71,21 @@ _LAYERS: dict[tuple[ServeShape, int], int] = {("135m", 3): 32, ("360m", 4): 34}
 """unrolled layers where the paper's vanilla depth does not divide, as in recipes/paper-*.toml"""
 
 
-def served_config(shape: ServeShape, recursions: int) -> ModelConfig:
+def served_config(shape: ServeShape, recursions: int, routing: Routing = "paper") -> ModelConfig:
     """Return the MoR of a shape: the paper's layers, depths drawn by the random router.
 
     Raises ValueError where the shape's layers do not divide
     """
     base = _BASES[shape]
+    is_ours = routing == "ours"
     return dataclasses.replace(
         base,
         num_hidden_layers=_LAYERS.get((shape, recursions), base.num_hidden_layers),
         num_recursions=recursions,
         router="random",
-        gating="weighted",
-        capacity=(),
+        gating="residual" if is_ours else "weighted",
+        capacity=tuple(0.25**r for r in range(recursions)) if is_ours else (),
+        kv_strategy="shared" if is_ours else "per_recursion",
     )
 
 
@@ -92,6 +95,9 @@ class ServeSettings:
 
     shape: ServeShape = "135m"
     """small: 14 layers, width 128; 135m and 360m: the paper's"""
+    routing: Routing = "paper"
+    """shares of tokens at each recursion: paper, (R - r) / R; ours, 1/4 of those before, and the
+    keys and values of recursion 1 alone, as in recipes/experiments/goal-cpu.toml"""
     recursions: tuple[int, ...] = (3,)
     """models to time, by their recursions, each beside its vanilla twin"""
     model: Path | None = None
@@ -125,7 +131,9 @@ class ServeSettings:
             raise ValueError("text is for trained weights; give --model too")
         if self.model is None:
             for recursions in self.recursions:
-                served_config(self.shape, recursions)
+                served_config(self.shape, recursions, self.routing)
+        elif self.routing != "paper":
+            raise ValueError("routing is for shapes; a trained model has its own")
 
     @property
     def num_rounds(self) -> int:

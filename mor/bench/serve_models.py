@@ -26,7 +26,8 @@ def build_model(
             )
         return model
     torch.manual_seed(config.seed)
-    return MoR(served_config(config.shape, recursions)).to(dtype=dtype, device=device).eval()
+    model = served_config(config.shape, recursions, config.routing)
+    return MoR(model).to(dtype=dtype, device=device).eval()
 
 
 def build_twin(mor: MoR, seed: int) -> MoR:

@@ -123,6 +123,7 @@ def cell_of(
     in_flight: int,
     kv_budget_bytes: int,
     depths_are: str,
+    routing: str,
     tables: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return a cell: its speed-ups with quartiles, efficiencies, and its rows.
@@ -135,6 +136,7 @@ def cell_of(
         "layers": config.num_hidden_layers,
         "in_flight": in_flight,
         "depths": depths_are,
+        "routing": routing,
     }
     for regime, (mor, twin) in pairs.items():
         ratio = spread(mor, twin)

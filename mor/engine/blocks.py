@@ -19,6 +19,7 @@ from mor.config import ModelConfig
 Ints = npt.NDArray[np.int64]
 DEFAULT_KV_BYTES = 2**31
 DEFAULT_PAGE_TOKENS = 16
+NO_PLACES = np.zeros(0, np.int64)
 
 
 class Layout(NamedTuple):
@@ -168,13 +169,21 @@ class BlockManager:
         np.subtract.at(self.reserved, slots, tokens[:, None] * self.serves[slots] * deeper)
         self.trim(slots)
 
-    def hold(self, slots: Ints, places: Ints) -> Ints | None:
+    def hold(self, slots: Ints, places: Ints, *, may_shrink: bool = True) -> Ints | None:
         """Keep exactly so many places beyond the tokens stored, (requests, tables), all or none.
+
+        may_shrink  False where no table can need fewer pages than it has
 
         Returns where pages were added, as places of the flat `tables`; None when pages are short
         """
         needed = -(-(self.count[slots] + places) // self.page_tokens)
-        missing = np.maximum(needed - self.held[slots], 0)
+        missing = needed - self.held[slots]
+        if missing.max(initial=0) <= 0:  # most ticks
+            self.reserved[slots] = places
+            if may_shrink:
+                self.trim(slots)
+            return NO_PLACES
+        missing = np.maximum(missing, 0)
         if int(missing.sum()) > self.num_available:
             return None
         self.reserved[slots] = places
@@ -185,8 +194,14 @@ class BlockManager:
                 at = (slot, table, self.held[slot, table])
                 added.append(np.ravel_multi_index(at, self.tables.shape))
                 self._append(slot, table, self.take())
-        self.trim(slots)
+        if may_shrink:
+            self.trim(slots)
         return np.array(added, np.int64)
+
+    def places_of(self, slot: int) -> Ints:
+        """Return where in the flat `tables` a request's pages stand."""
+        (_, C, M), held = self.tables.shape, self.held[slot]
+        return np.flatnonzero(np.arange(M) < held[:, None]) + slot * C * M
 
     def trim(self, slots: Ints) -> None:
         """Give back pages without a token or a reserved place."""

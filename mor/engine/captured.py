@@ -19,13 +19,14 @@ from collections import deque
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mor.engine.blocks import BlockManager, Ints
 from mor.engine.core import Flight, Request
 from mor.engine.device_prompts import DevicePrompts
-from mor.engine.device_tick import IDLE, MAX_END_IDS, WENT_ON, DeviceRows, DeviceTick
+from mor.engine.device_tick import IDLE, MAX_END_IDS, WENT_ON, DeviceTick
 from mor.engine.graphs import Graphs, Readback, upload
 from mor.engine.runner import Call
 from mor.engine.scheduler import Scheduler
@@ -38,6 +39,8 @@ PROMPT_ROWS = (32, 64, 128, 256)
 """tokens of prompts in a pass; with more, masked work would cost more than launches"""
 MAX_PROMPTS = 16
 """prompts of a pass"""
+PASS_EVERY = 8
+"""launches from one pass to the next: it takes as long as some ticks, and so serves more prompts"""
 LAG = 2
 """ticks that the host reads behind, so that it never waits for one that has just begun"""
 
@@ -97,6 +100,8 @@ class CapturedTicks:
         self._unread: deque[Unread] = deque()
         self._ended: list[int] = []
         """rows that ended since the last launch"""
+        self._fresh: list[Ints] = []
+        """places of the flat tables that got pages since the last launch"""
         self._num_rows = 0
         self._draws = False
         # Of every row; of rows that nobody has, anything.
@@ -107,6 +112,8 @@ class CapturedTicks:
         )
         self._num_sent = self._num_read = 0
         """ticks and passes of this stretch"""
+        self._last_pass = 0
+        """when the last pass was sent"""
 
     @property
     def is_running(self) -> bool:
@@ -131,7 +138,9 @@ class CapturedTicks:
         self._row_of, self._num_rows = {}, self.buckets[0]
         self._unread.clear()
         self._ended.clear()
+        self._fresh.clear()
         self._num_sent = self._num_read = 0
+        self._last_pass = -PASS_EVERY
         self._draws = False
         rows = np.array([self._join(flight) for flight in flights], np.int64)
         self._recursion[rows] = [flight.recursion for flight in flights]
@@ -158,11 +167,11 @@ class CapturedTicks:
     def _bucket(self, count: int) -> int:
         return next(bucket for bucket in self.buckets if bucket >= count)
 
-    def _reserve(self, rows: Ints) -> Ints | None:
+    def _reserve(self, rows: Ints, *, may_shrink: bool = True) -> Ints | None:
         """Keep places for what is unread after the next launch, and for what then is in flight."""
         slots, unread = self._slots[rows], self.lag + 2 + self._pending[rows, None]
         places = np.minimum(unread, self._most[rows, None] - self.blocks.count[slots])
-        return self.blocks.hold(slots, places * self.blocks.serves[slots])
+        return self.blocks.hold(slots, places * self.blocks.serves[slots], may_shrink=may_shrink)
 
     @torch.inference_mode()
     def _load(self, flights: list[Flight]) -> None:
@@ -173,47 +182,45 @@ class CapturedTicks:
         to.x_ND[:count] = runner.x[index]
         if len(to.start_ND):
             to.start_ND[:count] = runner.start[index]
-        self._describe(to, [flight.request for flight in flights])
-        self._copy(
-            to,
-            position_N=runner.position[rows],
-            token_N=runner.token[rows],
-            recursion_N=self._recursion[:count],
-        )
+        values = {
+            **self._about([flight.request for flight in flights]),
+            "position_N": runner.position[rows],
+            "token_N": runner.token[rows],
+            "recursion_N": self._recursion[:count],
+        }
+        for name, value in values.items() if count else ():
+            getattr(to, name)[:count].copy_(torch.from_numpy(np.array(value)))
+        to.is_alive_N.zero_()
+        to.is_alive_N[:count].fill_(True)
         self.tick.tables_TM.copy_(torch.from_numpy(self.blocks.tables).flatten(0, 1))
 
-    def _describe(self, to: DeviceRows, requests: list[Request]) -> None:
-        """Copy what is known of requests to the first rows; the others are not alive then."""
+    def _about(self, requests: list[Request]) -> dict[str, npt.ArrayLike]:
+        """Return what is known of requests, by the names that it has among a tick's rows."""
         slots = np.array([request.slot for request in requests], np.int64)
-        end_ids = [(r.stops.end_ids + [-1] * MAX_END_IDS)[:MAX_END_IDS] for r in requests]
-        self._copy(
-            to,
-            slot_N=slots,
-            count_NC=self.blocks.count[slots],
-            limit_N=[r.policy.max_recursions for r in requests],
-            threshold_NR=[r.policy.thresholds for r in requests],
-            length_N=[len(r.output_ids) for r in requests],
-            last_N=[r.stops.max_tokens for r in requests],
-            end_NW=end_ids,
-            temperature_N=[r.params.temperature for r in requests],
-            seed_N=[r.sample_row.seed for r in requests],
-            sample_N=[r.sample_row.sample for r in requests],
-        )
-        to.is_alive_N.zero_()
-        to.is_alive_N[: len(requests)].fill_(True)
-
-    def _copy(self, to: DeviceRows, **values: object) -> None:
-        for name, value in values.items():
-            array = np.array(value)
-            if len(array):
-                tensor = getattr(to, name)
-                tensor[: len(array)].copy_(torch.from_numpy(array))
+        return {
+            "slot_N": slots,
+            "count_NC": self.blocks.count[slots],
+            "limit_N": [r.policy.max_recursions for r in requests],
+            "threshold_NR": [r.policy.thresholds for r in requests],
+            "length_N": [len(r.output_ids) for r in requests],
+            "last_N": [r.stops.max_tokens for r in requests],
+            "end_NW": [(r.stops.end_ids + [-1] * MAX_END_IDS)[:MAX_END_IDS] for r in requests],
+            "temperature_N": [r.params.temperature for r in requests],
+            "seed_N": [r.sample_row.seed for r in requests],
+            "sample_N": [r.sample_row.sample for r in requests],
+        }
 
     def admit(self, scheduler: Scheduler) -> bool:
         """Take waiting requests into the stretch by one pass; False when one has to end it.
 
-        Where pages or rows are short they wait.
+        Where pages or rows are short they wait, and while few of them would have a pass of their
+        own soon after the last one.
         """
+        if not scheduler.can_admit():
+            return True
+        is_soon = self._num_sent - self._last_pass < PASS_EVERY
+        if is_soon and 4 * len(scheduler.waiting) < len(self._row_of):
+            return self._serves_next(scheduler)
         flights: list[Flight] = []
         copies: list[tuple[int, int]] = []
         num_rows, serves_next = 0, True
@@ -230,6 +237,7 @@ class CapturedTicks:
             self._pending[row] = flight.count
             held = self._reserve(np.array([row]))
             assert held is not None, "a prompt was let in without pages"
+            self._fresh.append(self.blocks.places_of(request.slot))
         if copies:
             source, target = zip(*copies, strict=True)
             self.runner.groups.copy_pages(list(source), list(target))
@@ -262,36 +270,29 @@ class CapturedTicks:
     @torch.inference_mode()
     def _launch_prompts(self, flights: list[Flight]) -> None:
         """Run a pass over whole prompts, whose next tokens then are rows of the ticks."""
-        self._tell_ended()
-        prompts, device = self.prompts, self.device
-        counts = np.array([flight.count for flight in flights])
+        self._tell()
+        prompts, counts = self.prompts, np.array([flight.count for flight in flights])
         ends = counts.cumsum()
-        total, starts = int(ends[-1]), ends - counts
+        total = int(ends[-1])
         tokens = [f.request.tokens(f.start, f.stop) for f in flights]
         positions = [np.arange(f.start, f.stop) for f in flights]
-        which = np.arange(len(flights)).repeat(counts)
-        at = np.stack((np.concatenate(tokens), np.concatenate(positions), which), 1)
-        rows = np.full(MAX_PROMPTS, len(self.flights))
-        rows[: len(flights)] = [self._row_of[id(flight.request)] for flight in flights]
-        span = np.zeros((MAX_PROMPTS, 3), np.int64)
-        span[:, 2] = rows
-        span[: len(flights), :2] = np.stack((starts, ends - 1), 1)
+        about = self._about([flight.request for flight in flights])
+        prompts.inbox.send(
+            num_2=[total, len(flights)],
+            token_N=np.concatenate(tokens),
+            position_of_N=np.concatenate(positions),
+            prompt_N=np.arange(len(flights)).repeat(counts),
+            first_Q=ends - counts,
+            last_Q=ends - 1,
+            row_Q=[self._row_of[id(flight.request)] for flight in flights],
+            position_N=[flight.stop for flight in flights],
+            **about,
+        )
         num_rows = next(size for size in self.prompt_rows if size >= total)
-        prompts.at_N3[:total].copy_(upload(at, device))
-        prompts.is_in_N.zero_()
-        prompts.is_in_N[:total].fill_(True)
-        prompts.span_Q3.copy_(upload(span, device))
-        self._describe(prompts.next, [flight.request for flight in flights])
-        self._copy(prompts.next, position_N=[flight.stop for flight in flights])
-        tables = self.blocks.tables.reshape(-1, self.blocks.tables.shape[-1])
-        slots = np.array([flight.request.slot for flight in flights])
-        each = np.arange(self.blocks.layout.num_tables)
-        at_T = (slots[:, None] * len(each) + each).reshape(-1)
-        pages_TM = upload(tables[at_T].astype(np.int64), device).int()
-        self.tick.tables_TM.index_copy_(0, upload(at_T, device), pages_TM)
         draws = any(flight.request.params.temperature > 0 for flight in flights)
         self.graphs.run(prompts, num_rows, draws=draws)
         self.num_passes += 1
+        self._last_pass = self._num_sent
         self._send(prompts.record_X[: MAX_PROMPTS + num_rows], flights)
 
     def _send(self, record: Tensor, entering: list[Flight]) -> None:
@@ -304,22 +305,24 @@ class CapturedTicks:
         # A third more, so that a batch whose size moves about a graph's does not end it.
         if self._bucket(min(4 * len(self._row_of) // 3, self.buckets[-1])) < self._num_rows:
             return False
-        fresh = self._reserve(self._rows())
+        fresh = self._reserve(self._rows(), may_shrink=False)
         if fresh is None:
             return False
-        tick = self.tick
-        if len(fresh):
-            pages = self.blocks.tables.reshape(-1)[fresh].astype(np.int64)
-            at = upload(fresh, self.device)
-            tick.tables_TM.view(-1).index_copy_(0, at, upload(pages, self.device).int())
-        self._tell_ended()
-        self.graphs.run(tick, self._num_rows, draws=self._draws)
+        self._fresh.append(fresh)
+        self._tell()
+        self.graphs.run(self.tick, self._num_rows, draws=self._draws)
         self.num_launched += 1
-        self._send(tick.rows.record_N2[: self._num_rows], [])
+        self._send(self.tick.rows.record_N2[: self._num_rows], [])
         return True
 
-    def _tell_ended(self) -> None:
-        """Stop rows that the host ended."""
+    def _tell(self) -> None:
+        """Bring the device new pages of tables, and stop rows that the host ended."""
+        at = np.concatenate(self._fresh) if self._fresh else self._fresh
+        self._fresh.clear()
+        if len(at):
+            pages = self.blocks.tables.reshape(-1)[at]
+            at_2X = upload(np.stack((at, pages)).astype(np.int64), self.device)
+            self.tick.tables_TM.view(-1).index_copy_(0, at_2X[0], at_2X[1].int())
         if self._ended:
             ended = upload(np.array(self._ended), self.device)
             self.tick.rows.is_alive_N.index_fill_(0, ended, False)

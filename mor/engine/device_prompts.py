@@ -14,47 +14,61 @@ import torch
 from torch import Tensor
 
 from mor.engine.device_tick import DeviceRows, DeviceTick
+from mor.engine.graphs import Inbox
+
+TOLD = (
+    "slot_N", "position_N", "count_NC", "limit_N", "threshold_NR", "length_N", "last_N", "end_NW",
+    "temperature_N", "seed_N", "sample_N",
+)  # fmt: skip
+"""what the host knows of a row before it begins"""
 
 
 class DevicePrompts:
-    """Runs passes on its rows; the host fills `at_N3` and `next`, and reads `record_X`."""
+    """Runs passes on its rows; the host fills `inbox`, and reads `record_X`."""
 
     def __init__(self, tick: DeviceTick, *, num_rows: int, num_prompts: int) -> None:
         """Take at most so many tokens of so many prompts a pass."""
         self.tick, self.num_prompts = tick, num_prompts
         device = tick.tables_TM.device
-
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(*size, dtype=torch.int64, device=device)
-
         self.rows = tick.new_rows(num_rows)
-        self.next = tick.new_rows(num_prompts)
-        """what each prompt's first drawn token is as a row of a tick; before a pass `count_NC` and
-        `length_N` are those before the prompt, `is_alive_N` tells which prompts there are"""
-        self.at_N3 = zeros(num_rows, 3)
-        """of each token: itself, its position, its prompt; tokens of a prompt in a row, in order"""
-        self.is_in_N = zeros(num_rows).bool()
-        """rows that hold a token"""
-        self.span_Q3 = zeros(num_prompts, 3)
-        """of each prompt: its first and its last row here, and the row of the tick that it gets"""
-        self.record_X = zeros(num_prompts + num_rows)
+        fresh = tick.new_rows(num_prompts)
+        told = {name: getattr(fresh, name).cpu() for name in TOLD}
+        row_Q = torch.full((num_prompts,), len(tick.rows.x_ND) - 1)  # the one that nobody reads
+        self.inbox = Inbox(
+            device,
+            num_2=torch.zeros(2, dtype=torch.int64),
+            token_N=torch.zeros(num_rows, dtype=torch.int64),
+            position_of_N=torch.zeros(num_rows, dtype=torch.int64),
+            prompt_N=torch.zeros(num_rows, dtype=torch.int64),
+            first_Q=torch.zeros_like(row_Q),
+            last_Q=torch.zeros_like(row_Q),
+            row_Q=row_Q,
+            **told,
+        )
+        """how many tokens and prompts there are; of each token itself, its position and its prompt,
+        tokens of a prompt in a row; of each prompt its first and last row here, the row of the tick
+        that it gets, and what that row is to be: counts and length are those before the prompt"""
+        self.next = fresh._replace(**{name: self.inbox[name] for name in TOLD})
+        """what each prompt's first drawn token is as a row of a tick"""
+        self.number_N = torch.arange(num_rows, device=device)
+        self.number_Q = torch.arange(num_prompts, device=device)
+        self.record_X = torch.zeros(num_prompts + num_rows, dtype=torch.int64, device=device)
         """what the last pass did: the token drawn after each prompt, then the depth of each row"""
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
-        """Where these are False nothing is stored that anybody reads."""
-        return self.is_in_N, self.next.is_alive_N
+        """Where these are 0 nothing is stored that anybody reads."""
+        return (self.inbox["num_2"],)
 
     @torch.inference_mode()
     def run(self, num_rows: int, *, draws: bool) -> None:
         """Run a pass over the first rows; `draws` where some prompt has a temperature."""
-        tick, rows, to, is_in_N = (
-            self.tick, self.rows.first(num_rows), self.next, self.is_in_N[:num_rows],
-        )  # fmt: skip
-        token_N, position_N, prompt_N = self.at_N3[:num_rows].unbind(1)
-        first_Q, last_Q, row_Q = self.span_Q3.unbind(1)
-        rows.token_N.copy_(token_N)
-        rows.position_N.copy_(position_N)
+        tick, rows, to, inbox = self.tick, self.rows.first(num_rows), self.next, self.inbox
+        first_Q, last_Q = inbox["first_Q"], inbox["last_Q"]
+        prompt_N = inbox["prompt_N"][:num_rows]
+        is_in_N = self.number_N[:num_rows] < inbox["num_2"][0]
+        rows.token_N.copy_(inbox["token_N"][:num_rows])
+        rows.position_N.copy_(inbox["position_of_N"][:num_rows])
         for name in ("slot_N", "limit_N", "threshold_NR"):
             getattr(rows, name).copy_(getattr(to, name)[prompt_N])
         rows.is_alive_N.copy_(is_in_N)
@@ -65,7 +79,8 @@ class DevicePrompts:
         out_ND = tick.run_coda(rows, rows.x_ND, is_in_N, depth_N, exit_gate_N)
         drawn_Q = tick.draw(to, out_ND[last_Q], draws=draws)
         length_Q = to.length_N + 1
-        enters_Q = to.is_alive_N & tick.goes_further(to, drawn_Q, length_Q)
+        enters_Q = self.number_Q < inbox["num_2"][1]
+        enters_Q &= tick.goes_further(to, drawn_Q, length_Q)
         self.record_X[: self.num_prompts].copy_(drawn_Q)
         self.record_X[self.num_prompts :][:num_rows].copy_(depth_N)
         to.token_N.copy_(drawn_Q * enters_Q)
@@ -75,7 +90,7 @@ class DevicePrompts:
             changed["start_ND"] = to.x_ND
         for name, tensor in to._asdict().items():
             if len(tensor):
-                getattr(tick.rows, name).index_copy_(0, row_Q, changed.get(name, tensor))
+                getattr(tick.rows, name).index_copy_(0, inbox["row_Q"], changed.get(name, tensor))
 
     def _run_block(
         self, rows: DeviceRows, prompt_N: Tensor, first_Q: Tensor, last_Q: Tensor

@@ -88,6 +88,36 @@ class Readback:
         return self._host.numpy()
 
 
+class Inbox:
+    """Numbers from the host in one copy: tensors on the device that are parts of one."""
+
+    def __init__(self, device: torch.device, **parts: Tensor) -> None:
+        """Make parts of these types and sizes, and with these values where a send says nothing."""
+        self._default = {name: part.numpy() for name, part in parts.items()}
+        ends = np.cumsum([-(-part.nbytes // 8) * 8 for part in parts.values()])
+        self._starts = dict(zip(parts, (0, *ends[:-1].tolist()), strict=True))
+        self._bytes = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=device)
+        self._named = {name: self._part(self._bytes, name, part) for name, part in parts.items()}
+
+    def _part(self, of: Tensor, name: str, like: Tensor) -> Tensor:
+        start = self._starts[name]
+        return of[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._named[name]
+
+    def send(self, **values: npt.ArrayLike) -> None:
+        """Copy values to the beginnings of their parts, without waiting."""
+        host = torch.empty_like(self._bytes, device="cpu", pin_memory=self._bytes.is_cuda)
+        for name, default in self._default.items():
+            part = self._part(host, name, torch.from_numpy(default)).numpy()
+            part[:] = default
+            if name in values:
+                array = np.asarray(values[name])
+                part[: len(array)] = array
+        self._bytes.copy_(host, non_blocking=True)
+
+
 def upload(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     """Copy to the device without waiting for it."""
     tensor = torch.from_numpy(values)
