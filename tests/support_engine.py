@@ -130,12 +130,13 @@ def play_any_mix(
     """Let requests of all sizes come and go as hypothesis draws it, and check every tick."""
     block_size = data.draw(st.sampled_from([2, 4, 6, 16]))
     seqs = data.draw(st.integers(1, 5))
+    room = pages_for(model, 36 + max_new, block_size, data.draw(st.sampled_from([1.0, 1.5, 4])))
     engine = new(
         model,
         block_size=block_size,
         max_num_seqs=seqs,
         max_num_batched_tokens=seqs + data.draw(st.integers(1, 30)),
-        kv_cache_bytes=pages_for(model, 36 + max_new, block_size, data.draw(st.sampled_from([1.0, 1.5, 4]))),
+        kv_cache_bytes=room,
         enable_prefix_caching=data.draw(st.booleans()),
         coda_period=data.draw(st.integers(0, 3)),
     )

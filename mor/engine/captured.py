@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from mor.engine.blocks import BlockManager, Ints
 from mor.engine.core import Flight, Request
@@ -33,16 +32,18 @@ from mor.engine.scheduler import Scheduler
 from mor.engine.torch_runner import TorchRunner
 from mor.model.mor import MoR
 
-BUCKETS = (8, 16, 32, 64, 128, 200)
-"""Rows of a graph. With more rows a step is no longer bound by its weights: the ordinary path."""
-PROMPT_ROWS = (32, 64, 128, 256)
+BUCKETS = (8, 16, 32, 64, 128, 256, 512)
+"""Rows of a graph. More requests than that at a time take the ordinary path."""
+PROMPT_ROWS = (64, 128, 256, 512)
 """tokens of prompts in a pass; with more, masked work would cost more than launches"""
 MAX_PROMPTS = 16
 """prompts of a pass"""
 PASS_EVERY = 8
 """launches from one pass to the next: it takes as long as some ticks, and so serves more prompts"""
+TICKS = 2
+"""ticks of a launch: the host's part of one takes as long as the device's part of a short tick"""
 LAG = 2
-"""ticks that the host reads behind, so that it never waits for one that has just begun"""
+"""ticks and passes that the host reads behind, so that it never waits for what has just begun"""
 
 
 class Done(NamedTuple):
@@ -58,6 +59,8 @@ class Unread(NamedTuple):
     """A tick, or a pass of prompts, that was launched and not read."""
 
     record: Readback
+    tick: int
+    """which of its launch"""
     entering: list[Flight]
     """prompts of a pass; empty for a tick"""
 
@@ -84,7 +87,7 @@ class CapturedTicks:
         self.buckets = sorted({*(bucket for bucket in BUCKETS if bucket < most), most})
         tables_TM = torch.from_numpy(blocks.tables).flatten(0, 1)
         self.tick = tick_of(
-            model, runner.groups, blocks.layout, num_rows=most,
+            model, runner.groups, blocks.layout, num_rows=most, num_ticks=TICKS,
             tables_TM=tables_TM.to(self.device, copy=True),
         )  # fmt: skip
         most = min(max_rows, PROMPT_ROWS[-1])
@@ -164,12 +167,17 @@ class CapturedTicks:
         self._draws |= request.params.temperature > 0
         return row
 
+    @property
+    def _places(self) -> int:
+        """Tokens that a row can have unread after the next launch, or in flight."""
+        return self.lag + TICKS + 1
+
     def _bucket(self, count: int) -> int:
         return next(bucket for bucket in self.buckets if bucket >= count)
 
     def _reserve(self, rows: Ints, *, may_shrink: bool = True) -> Ints | None:
         """Keep places for what is unread after the next launch, and for what then is in flight."""
-        slots, unread = self._slots[rows], self.lag + 2 + self._pending[rows, None]
+        slots, unread = self._slots[rows], self._places + self._pending[rows, None]
         places = np.minimum(unread, self._most[rows, None] - self.blocks.count[slots])
         return self.blocks.hold(slots, places * self.blocks.serves[slots], may_shrink=may_shrink)
 
@@ -242,7 +250,7 @@ class CapturedTicks:
             source, target = zip(*copies, strict=True)
             self.runner.groups.copy_pages(list(source), list(target))
         if flights:
-            self._launch_prompts(flights)
+            self._launch_prompts(flights, is_full=scheduler.can_admit())
         return serves_next
 
     def _serves_next(self, scheduler: Scheduler) -> bool:
@@ -259,7 +267,7 @@ class CapturedTicks:
         """Tell whether the next waiting request has pages, and a place beside so many rows."""
         request, count = scheduler.waiting[0], scheduler.num_to_run()
         # Its tokens at every depth, and pages that are copied where it begins on the cache's.
-        layout, places = self.blocks.layout, request.num_tokens + self.lag + 2
+        layout, places = self.blocks.layout, request.num_tokens + self._places
         pages = layout.worst_pages(places, request.policy.max_recursions) + layout.num_tables
         return (
             num_rows + count <= self.prompt_rows[-1]
@@ -268,7 +276,7 @@ class CapturedTicks:
         )
 
     @torch.inference_mode()
-    def _launch_prompts(self, flights: list[Flight]) -> None:
+    def _launch_prompts(self, flights: list[Flight], *, is_full: bool) -> None:
         """Run a pass over whole prompts, whose next tokens then are rows of the ticks."""
         self._tell()
         prompts, counts = self.prompts, np.array([flight.count for flight in flights])
@@ -292,15 +300,17 @@ class CapturedTicks:
         draws = any(flight.request.params.temperature > 0 for flight in flights)
         self.graphs.run(prompts, num_rows, draws=draws)
         self.num_passes += 1
-        self._last_pass = self._num_sent
-        self._send(prompts.record_X[: MAX_PROMPTS + num_rows], flights)
+        # With some left over, the next pass need not wait.
+        self._last_pass = self._num_sent - (PASS_EVERY if is_full else 0)
+        record = Readback(prompts.record_X[: MAX_PROMPTS + num_rows])
+        self._send(Unread(record, 0, flights))
 
-    def _send(self, record: Tensor, entering: list[Flight]) -> None:
-        self._unread.append(Unread(Readback(record), entering))
+    def _send(self, unread: Unread) -> None:
+        self._unread.append(unread)
         self._num_sent += 1
 
     def launch(self) -> bool:
-        """Run a tick; False, and nothing was run, when the stretch has to end."""
+        """Run some ticks; False, and nothing was run, when the stretch has to end."""
         assert self.is_running
         # A third more, so that a batch whose size moves about a graph's does not end it.
         if self._bucket(min(4 * len(self._row_of) // 3, self.buckets[-1])) < self._num_rows:
@@ -311,8 +321,10 @@ class CapturedTicks:
         self._fresh.append(fresh)
         self._tell()
         self.graphs.run(self.tick, self._num_rows, draws=self._draws)
-        self.num_launched += 1
-        self._send(self.tick.rows.record_N2[: self._num_rows], [])
+        self.num_launched += TICKS
+        record = Readback(self.tick.record_KN2[:, : self._num_rows])
+        for tick in range(TICKS):
+            self._send(Unread(record, tick, []))
         return True
 
     def _tell(self) -> None:
@@ -320,9 +332,13 @@ class CapturedTicks:
         at = np.concatenate(self._fresh) if self._fresh else self._fresh
         self._fresh.clear()
         if len(at):
-            pages = self.blocks.tables.reshape(-1)[at]
-            at_2X = upload(np.stack((at, pages)).astype(np.int64), self.device)
-            self.tick.tables_TM.view(-1).index_copy_(0, at_2X[0], at_2X[1].int())
+            # Places (int64) and behind them pages (int32) in one copy.
+            both = np.empty(len(at) + (len(at) + 1) // 2, np.int64)
+            both[: len(at)] = at
+            both[len(at) :].view(np.int32)[: len(at)] = self.blocks.tables.reshape(-1)[at]
+            at_X, page_X = upload(both, self.device).split([len(at), len(both) - len(at)])
+            page_X = page_X.view(torch.int32)[: len(at)]
+            self.tick.tables_TM.view(-1).index_copy_(0, at_X, page_X)
         if self._ended:
             ended = upload(np.array(self._ended), self.device)
             self.tick.rows.is_alive_N.index_fill_(0, ended, False)
@@ -337,13 +353,13 @@ class CapturedTicks:
 
         The caller notes them, ends what is to end, and calls `go_on` with the rest.
         """
-        record, entering = self._unread.popleft()
+        record, tick, entering = self._unread.popleft()
         number, self._num_read = self._num_read, self._num_read + 1
         if entering:
             return self._read_prompts(record.numpy(), entering)
         rows = self._rows()
         rows = rows[self._since[rows] <= number]
-        code, depth = record.numpy()[rows].T
+        code, depth = record.numpy()[tick, rows].T
         assert (code != IDLE).all(), "the device ended a row that the host did not"
         stores = depth == 1 if self.keeps_first_keys else np.ones_like(depth, bool)
         slots, one = self._slots[rows][stores], np.ones(int(stores.sum()), np.int64)

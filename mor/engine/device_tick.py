@@ -1,4 +1,4 @@
-"""One tick for rows that decode, all of it on the device: nothing here asks for a number.
+"""Ticks for rows that decode, all of them on the device: nothing here asks for a number.
 
     block -> join -> routers -> coda, head, draw -> embed, prelude
 
@@ -62,8 +62,6 @@ class DeviceRows(NamedTuple):
     """float32; 0 for the best token"""
     seed_N: Tensor
     sample_N: Tensor
-    record_N2: Tensor
-    """what the last tick did: the token drawn or WENT_ON or IDLE, and recursions done"""
 
     @classmethod
     def zeros(cls, num_rows: int, model: MoR, layout: Layout, dtype: torch.dtype) -> DeviceRows:
@@ -77,7 +75,7 @@ class DeviceRows(NamedTuple):
             "threshold_NR": torch.zeros(num_rows, R, dtype=torch.float64, device=device),
             "temperature_N": torch.zeros(num_rows, dtype=torch.float32, device=device),
         }
-        widths = {"count_NC": (C,), "end_NW": (MAX_END_IDS,), "record_N2": (2,)}
+        widths = {"count_NC": (C,), "end_NW": (MAX_END_IDS,)}
         whole = {
             name: torch.zeros(num_rows, *widths.get(name, ()), dtype=torch.int64, device=device)
             for name in cls._fields
@@ -105,8 +103,16 @@ class DeviceTick:
     """Runs ticks on its rows. Tables of pages are its own copy: the host brings what is new."""
 
     def __init__(
-        self, model: MoR, groups: LayerGroups, layout: Layout, *, num_rows: int, tables_TM: Tensor
+        self,
+        model: MoR,
+        groups: LayerGroups,
+        layout: Layout,
+        *,
+        num_rows: int,
+        num_ticks: int = 1,
+        tables_TM: Tensor,
     ) -> None:
+        """Serve at most num_rows requests, num_ticks ticks a run."""
         self.config, self.stack, self.groups, self.layout = (
             model.config,
             model.model,
@@ -120,6 +126,10 @@ class DeviceTick:
         """makes rows that are not alive"""
         self.rows = self.new_rows(num_rows + 1)
         """the last is for whatever nobody asked for"""
+        self.record_KN2 = torch.zeros(
+            num_ticks, num_rows + 1, 2, dtype=torch.int64, device=model.device
+        )
+        """what the last ticks did: the token drawn or WENT_ON or IDLE, and recursions done"""
         self.tables_TM = tables_TM
         self.table_C = torch.arange(layout.num_tables, device=model.device)
         self.keeps_first_keys = self.config.kv_strategy == "shared"
@@ -132,13 +142,17 @@ class DeviceTick:
 
     @torch.inference_mode()
     def run(self, num_rows: int, *, draws: bool) -> None:
-        """Run a tick on the first rows; `draws` where some row has a temperature."""
+        """Run ticks on the first rows; `draws` where some row has a temperature."""
         rows = self.rows.first(num_rows)
+        for record_N2 in self.record_KN2[:, :num_rows]:
+            self._run_one(rows, record_N2, draws=draws)
+
+    def _run_one(self, rows: DeviceRows, record_N2: Tensor, *, draws: bool) -> None:
         x_ND, goes_on_N, exit_gate_N = self.recurse(rows)
         leaves_N = rows.is_alive_N & ~goes_on_N
         out_ND = self.run_coda(rows, x_ND, leaves_N, rows.recursion_N + 1, exit_gate_N)
         drawn_N = self.draw(rows, out_ND, draws=draws)
-        enters_N = self.advance(rows, drawn_N, goes_on_N)
+        enters_N = self.advance(rows, record_N2, drawn_N, goes_on_N)
         first_ND = self.run_prelude(rows, enters_N)
         rows.x_ND.copy_(first_ND.where(enters_N[:, None], x_ND))
         if self.router.is_token_choice:
@@ -191,13 +205,15 @@ class DeviceTick:
             asks_all=True,
         )
 
-    def advance(self, rows: DeviceRows, drawn_N: Tensor, goes_on_N: Tensor) -> Tensor:
+    def advance(
+        self, rows: DeviceRows, record_N2: Tensor, drawn_N: Tensor, goes_on_N: Tensor
+    ) -> Tensor:
         """Bring rows to the next recursion or the token drawn; returns which begin with a token."""
         leaves_N, done_N = rows.is_alive_N & ~goes_on_N, rows.recursion_N + 1
         length_N = rows.length_N + leaves_N
         enters_N = leaves_N & self.goes_further(rows, drawn_N, length_N)
-        rows.record_N2[:, 0].copy_(drawn_N.where(leaves_N, torch.where(goes_on_N, WENT_ON, IDLE)))
-        rows.record_N2[:, 1].copy_(done_N * rows.is_alive_N)
+        record_N2[:, 0].copy_(drawn_N.where(leaves_N, torch.where(goes_on_N, WENT_ON, IDLE)))
+        record_N2[:, 1].copy_(done_N * rows.is_alive_N)
         rows.length_N.copy_(length_N)
         rows.token_N.copy_(drawn_N.where(enters_N, rows.token_N))
         rows.position_N.add_(enters_N)

@@ -34,7 +34,9 @@ class FusedTick(DeviceTick):
             seed=config.router_seed,
         )
 
-    def advance(self, rows: DeviceRows, drawn_N: Tensor, goes_on_N: Tensor) -> Tensor:
+    def advance(
+        self, rows: DeviceRows, record_N2: Tensor, drawn_N: Tensor, goes_on_N: Tensor
+    ) -> Tensor:
         return advance(
             drawn_N,
             goes_on_N,
@@ -45,7 +47,7 @@ class FusedTick(DeviceTick):
             position_N=rows.position_N,
             token_N=rows.token_N,
             length_N=rows.length_N,
-            record_N2=rows.record_N2,
+            record_N2=record_N2,
             went_on=WENT_ON,
             idle=IDLE,
         )

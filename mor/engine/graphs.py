@@ -5,6 +5,9 @@ On a CPU they run op by op: the same functions, so that tests there hold for bot
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -61,11 +64,26 @@ class Graphs:
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with (
+            _no_collection(),
+            torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"),
+        ):
             what.run(num_rows, draws=draws)
         for mask, values in zip(what.masks, kept, strict=True):
             mask.copy_(values)
         return graph
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from collecting tensors and graphs of others, which breaks off a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Readback:

@@ -131,7 +131,7 @@ def test_pages_hold_what_is_active_whenever_a_stretch_ends(index: int, lag: int)
     """A stretch is ended after every few ticks; flights then stand where the device left them."""
     engine = captured_engine(served_model(index), lag=lag, enable_prefix_caching=False)
     ticks, ends = ticks_of(engine), 0
-    ids = [engine.add(prompt_of(3 + i, seed=i), greedy(20)) for i in range(4)]
+    ids = [engine.add(prompt_of(3 + i, seed=i), greedy(30)) for i in range(4)]
     launch, left = ticks.launch, [1]
 
     def launch_some() -> bool:
@@ -146,7 +146,7 @@ def test_pages_hold_what_is_active_whenever_a_stretch_ends(index: int, lag: int)
             assert_pages_hold_what_is_active(engine)
             ends += left[0] < 0
             left[0] = 1 + ends % 7
-    assert ends > 6
+    assert ends > 5
     for request_id in ids:
         assert_exact(engine.model, engine.result(request_id))
 
@@ -289,9 +289,8 @@ def test_ticks_of_rows_that_are_not_alive_change_nothing(index: int) -> None:
     pool = engine.groups.pool
     before = [tensor.clone() for tensor in (*rows, pool)]
     ticks.tick.run(4, draws=True)
-    for name, one, other in zip((*rows._fields, "pool"), before, (*rows, pool), strict=True):
-        if name != "record_N2":
-            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    for one, other in zip(before, (*rows, pool), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_logits_that_are_not_finite_end_one_request() -> None:

@@ -103,7 +103,11 @@ def test_every_step_is_that_of_the_twin(index: int, device: str) -> None:
         assert_same_rows(*rows)
 
     drawn_N = torch.randint(-1, 9, (N,)).to(device)
-    enters = [tick.advance(of, drawn_N, goes_on_N) for tick, of in zip(ticks, rows, strict=True)]
+    enters = [
+        tick.advance(of, tick.record_KN2[0, :N], drawn_N, goes_on_N)
+        for tick, of in zip(ticks, rows, strict=True)
+    ]
+    torch.testing.assert_close(*(tick.record_KN2 for tick in ticks))
     assert enters[0].tolist() == enters[1].tolist()
     assert len(set(enters[0].tolist())) == 2, "some begin with a token and some do not"
     assert_same_rows(*rows)
