@@ -169,10 +169,13 @@ class BlockManager:
         np.subtract.at(self.reserved, slots, tokens[:, None] * self.serves[slots] * deeper)
         self.trim(slots)
 
-    def hold(self, slots: Ints, places: Ints, *, may_shrink: bool = True) -> Ints | None:
-        """Keep exactly so many places beyond the tokens stored, (requests, tables), all or none.
+    def store_one(self, slots: Ints, table: Ints | int) -> None:
+        """Turn one reserved place each into a token; every (slot, table) may appear once."""
+        self.count[slots, table] += 1
+        self.reserved[slots, table] -= 1
 
-        may_shrink  False where no table can need fewer pages than it has
+    def hold(self, slots: Ints, places: Ints) -> Ints | None:
+        """Keep exactly so many places beyond the tokens stored, (requests, tables), all or none.
 
         Returns where pages were added, as places of the flat `tables`; None when pages are short
         """
@@ -180,8 +183,7 @@ class BlockManager:
         missing = needed - self.held[slots]
         if missing.max(initial=0) <= 0:  # most ticks
             self.reserved[slots] = places
-            if may_shrink:
-                self.trim(slots)
+            self.trim(slots)
             return NO_PLACES
         missing = np.maximum(missing, 0)
         if int(missing.sum()) > self.num_available:
@@ -194,8 +196,7 @@ class BlockManager:
                 at = (slot, table, self.held[slot, table])
                 added.append(np.ravel_multi_index(at, self.tables.shape))
                 self._append(slot, table, self.take())
-        if may_shrink:
-            self.trim(slots)
+        self.trim(slots)
         return np.array(added, np.int64)
 
     def places_of(self, slot: int) -> Ints:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mor.engine.blocks import BlockManager, Ints
+from mor.engine.blocks import NO_PLACES, BlockManager, Ints
 from mor.engine.core import Flight, Request
 from mor.engine.device_prompts import DevicePrompts
 from mor.engine.device_tick import IDLE, MAX_END_IDS, WENT_ON, DeviceTick
@@ -42,6 +42,8 @@ PASS_EVERY = 8
 """launches from one pass to the next: it takes as long as some ticks, and so serves more prompts"""
 TICKS = 2
 """ticks of a launch: the host's part of one takes as long as the device's part of a short tick"""
+AHEAD = 8
+"""ticks more for which places are kept at a time, while pages are plenty"""
 LAG = 2
 """ticks and passes that the host reads behind, so that it never waits for what has just begun"""
 
@@ -110,13 +112,21 @@ class CapturedTicks:
         # Of every row; of rows that nobody has, anything.
         count = self.buckets[-1]
         self.flights: list[Flight | None] = [None] * count
-        self._slots, self._recursion, self._most, self._pending, self._since = (
-            np.zeros(count, np.int64) for _ in range(5)
+        self._slots, self._most, self._pending, self._since = (
+            np.zeros(count, np.int64) for _ in range(4)
         )
+        self._all_rows: Ints | None = None
+        """rows of requests that run, until that changes"""
+        self._newest = 0
+        """since when the newest row runs"""
         self._num_sent = self._num_read = 0
         """ticks and passes of this stretch"""
         self._last_pass = 0
         """when the last pass was sent"""
+        self._covered = 0
+        """ticks that can be launched before places are to be kept for more"""
+        self.is_over = False
+        """whether the stretch has to end once all is read"""
 
     @property
     def is_running(self) -> bool:
@@ -138,15 +148,15 @@ class CapturedTicks:
             return False
         if not flights and not self._has_room(scheduler, 0):
             return False
-        self._row_of, self._num_rows = {}, self.buckets[0]
+        self._row_of, self._all_rows, self._num_rows = {}, None, self.buckets[0]
         self._unread.clear()
         self._ended.clear()
         self._fresh.clear()
-        self._num_sent = self._num_read = 0
+        self._num_sent = self._num_read = self._newest = 0
+        self._covered, self.is_over = TICKS + AHEAD, False
         self._last_pass = -PASS_EVERY
         self._draws = False
         rows = np.array([self._join(flight) for flight in flights], np.int64)
-        self._recursion[rows] = [flight.recursion for flight in flights]
         if self._reserve(rows) is None:
             self._row_of = {}
             return False
@@ -159,27 +169,32 @@ class CapturedTicks:
         row = next(row for row in range(self.buckets[-1]) if row not in used)
         self._row_of[id(request)] = row
         self.flights[row] = flight
-        self._slots[row], self._recursion[row], self._pending[row] = request.slot, 0, 0
+        self._slots[row], self._pending[row] = request.slot, 0
         # The last token of an answer is never run.
         self._most[row] = len(request.prompt_ids) + request.stops.max_tokens - 1
-        self._since[row] = self._num_sent
+        self._since[row] = self._newest = self._num_sent
+        self._all_rows = None
         self._num_rows = max(self._num_rows, self._bucket(row + 1))
         self._draws |= request.params.temperature > 0
         return row
 
-    @property
-    def _places(self) -> int:
-        """Tokens that a row can have unread after the next launch, or in flight."""
-        return self.lag + TICKS + 1
-
     def _bucket(self, count: int) -> int:
         return next(bucket for bucket in self.buckets if bucket >= count)
 
-    def _reserve(self, rows: Ints, *, may_shrink: bool = True) -> Ints | None:
-        """Keep places for what is unread after the next launch, and for what then is in flight."""
-        slots, unread = self._slots[rows], self._places + self._pending[rows, None]
-        places = np.minimum(unread, self._most[rows, None] - self.blocks.count[slots])
-        return self.blocks.hold(slots, places * self.blocks.serves[slots], may_shrink=may_shrink)
+    def _reserve(self, rows: Ints) -> Ints | None:
+        """Keep places for what is unread, for ticks to come, and for what then is in flight.
+
+        Returns where tables got pages; None when pages are short.
+        """
+        slots, blocks = self._slots[rows], self.blocks
+        is_plenty = blocks.num_available >= 2 * len(rows) * blocks.layout.num_tables
+        ahead = TICKS + (AHEAD if is_plenty else 0)
+        places = self.num_unread + ahead + 1 + self._pending[rows, None]
+        places = np.minimum(places, self._most[rows, None] - blocks.count[slots])
+        fresh = blocks.hold(slots, places * blocks.serves[slots])
+        if fresh is not None:
+            self._covered = min(self._covered, ahead)
+        return fresh
 
     @torch.inference_mode()
     def _load(self, flights: list[Flight]) -> None:
@@ -194,7 +209,7 @@ class CapturedTicks:
             **self._about([flight.request for flight in flights]),
             "position_N": runner.position[rows],
             "token_N": runner.token[rows],
-            "recursion_N": self._recursion[:count],
+            "recursion_N": [flight.recursion for flight in flights],
         }
         for name, value in values.items() if count else ():
             getattr(to, name)[:count].copy_(torch.from_numpy(np.array(value)))
@@ -228,7 +243,8 @@ class CapturedTicks:
             return True
         is_soon = self._num_sent - self._last_pass < PASS_EVERY
         if is_soon and 4 * len(scheduler.waiting) < len(self._row_of):
-            return self._serves_next(scheduler)
+            self.is_over = not self._serves_next(scheduler)
+            return not self.is_over
         flights: list[Flight] = []
         copies: list[tuple[int, int]] = []
         num_rows, serves_next = 0, True
@@ -251,6 +267,7 @@ class CapturedTicks:
             self.runner.groups.copy_pages(list(source), list(target))
         if flights:
             self._launch_prompts(flights, is_full=scheduler.can_admit())
+        self.is_over = not serves_next
         return serves_next
 
     def _serves_next(self, scheduler: Scheduler) -> bool:
@@ -267,7 +284,8 @@ class CapturedTicks:
         """Tell whether the next waiting request has pages, and a place beside so many rows."""
         request, count = scheduler.waiting[0], scheduler.num_to_run()
         # Its tokens at every depth, and pages that are copied where it begins on the cache's.
-        layout, places = self.blocks.layout, request.num_tokens + self._places
+        places = request.num_tokens + self.num_unread + TICKS + AHEAD + 1
+        layout = self.blocks.layout
         pages = layout.worst_pages(places, request.policy.max_recursions) + layout.num_tables
         return (
             num_rows + count <= self.prompt_rows[-1]
@@ -310,14 +328,23 @@ class CapturedTicks:
         self._num_sent += 1
 
     def launch(self) -> bool:
-        """Run some ticks; False, and nothing was run, when the stretch has to end."""
+        """Run some ticks; False, and nothing was run, when all has to be read first.
+
+        Then fewer places are needed, or the stretch `is_over`.
+        """
         assert self.is_running
         # A third more, so that a batch whose size moves about a graph's does not end it.
         if self._bucket(min(4 * len(self._row_of) // 3, self.buckets[-1])) < self._num_rows:
+            self.is_over = True
             return False
-        fresh = self._reserve(self._rows(), may_shrink=False)
+        fresh: Ints | None = NO_PLACES
+        if self._covered < TICKS:
+            self._covered = TICKS + AHEAD
+            fresh = self._reserve(self._rows())
         if fresh is None:
+            self._covered, self.is_over = 0, not self.num_unread
             return False
+        self._covered -= TICKS
         self._fresh.append(fresh)
         self._tell()
         self.graphs.run(self.tick, self._num_rows, draws=self._draws)
@@ -346,7 +373,9 @@ class CapturedTicks:
 
     def _rows(self) -> Ints:
         """Rows of requests that run."""
-        return np.fromiter(self._row_of.values(), np.int64, len(self._row_of))
+        if self._all_rows is None:
+            self._all_rows = np.fromiter(self._row_of.values(), np.int64, len(self._row_of))
+        return self._all_rows
 
     def read(self) -> list[Done]:
         """Read the oldest tick or pass and count what it stored; returns what is through.
@@ -358,16 +387,17 @@ class CapturedTicks:
         if entering:
             return self._read_prompts(record.numpy(), entering)
         rows = self._rows()
-        rows = rows[self._since[rows] <= number]
+        if self._newest > number:
+            rows = rows[self._since[rows] <= number]
         code, depth = record.numpy()[tick, rows].T
         assert (code != IDLE).all(), "the device ended a row that the host did not"
-        stores = depth == 1 if self.keeps_first_keys else np.ones_like(depth, bool)
-        slots, one = self._slots[rows][stores], np.ones(int(stores.sum()), np.int64)
-        self.blocks.commit(slots, depth[stores], one, one)
-        has_left = code != WENT_ON
-        self._recursion[rows] = np.where(has_left, 0, depth)
-        left = zip(rows[has_left], code[has_left].tolist(), depth[has_left].tolist(), strict=True)
-        return [Done(self._flight(row), token, [depth]) for row, token, depth in left]
+        stored, slots = depth, self._slots[rows]
+        if self.keeps_first_keys:
+            slots, stored = slots[depth == 1], 1
+        self.blocks.store_one(slots, stored)
+        left = (code != WENT_ON).nonzero()[0]
+        told = zip(rows[left].tolist(), code[left].tolist(), depth[left].tolist(), strict=True)
+        return [Done(self._flight(row), token, [depth]) for row, token, depth in told]
 
     def _flight(self, row: int) -> Flight:
         flight = self.flights[row]
@@ -400,35 +430,34 @@ class CapturedTicks:
             flight.start += 1
             flight.request.num_started += 1
         if self.blocks.layout.own_layers and rows:
-            slots = self._slots[rows]
-            one = np.ones_like(slots)
-            self.blocks.commit(slots, np.zeros_like(slots), one, one)
+            self.blocks.store_one(self._slots[rows], 0)
 
     def drop(self, request: Request) -> None:
         """Forget a request that ended, if it runs here."""
         row = self._row_of.pop(id(request), None)
         if row is not None:
             self._ended.append(row)
+            self._all_rows = None
 
     @torch.inference_mode()
     def hand_back(self) -> None:
         """End the stretch: the rows are flights again. All ticks have been read."""
         assert not self.num_unread
         rows = self._rows()
-        self._row_of = {}
+        self._row_of, self._all_rows = {}, None
         if not len(rows):
             return
         runner, blocks, tick = self.runner, self.blocks, self.tick.rows
         flights = [self._flight(row) for row in rows]
-        recursion, slots = self._recursion[rows], self._slots[rows]
+        slots = self._slots[rows]
+        index = upload(rows, self.device)
+        about = torch.stack((tick.position_N, tick.token_N, tick.recursion_N, tick.is_alive_N), 1)
+        position, token, recursion, is_alive = about[index].cpu().numpy().T
+        assert is_alive.all(), "host and device disagree"
+        assert position.tolist() == [flight.start for flight in flights]
         for flight, done in zip(flights, recursion.tolist(), strict=True):
             flight.recursion, flight.active = done, flight.rows
             runner.note_policy(flight)
-        index = upload(rows, self.device)
-        about = torch.stack((tick.position_N, tick.token_N, tick.recursion_N, tick.is_alive_N), 1)
-        position, token, at, is_alive = about[index].cpu().numpy().T
-        assert (at == recursion).all() and is_alive.all(), "host and device disagree"
-        assert position.tolist() == [flight.start for flight in flights]
         call = Call.of(flights)
         to = upload(call.rows, self.device)
         runner.x.index_copy_(0, to, tick.x_ND[index])

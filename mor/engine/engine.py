@@ -240,20 +240,24 @@ class Engine:
         """Take prompts in, launch a tick and read one that is older; or read all and end it."""
         goes_on = captured.admit(self.scheduler) and captured.launch()
         pieces: list[StepOutput] = []
+        seen: list[int] = []
         while captured.is_running and captured.num_unread > (captured.lag if goes_on else 0):
             done = captured.read()
             if not done:
                 continue
-            self.scheduler.see_depths([depth for _, _, depths in done for depth in depths])
             drawing = []
             for place, (flight, _, depths) in enumerate(done):
+                seen += depths
                 piece = _note_depths(flight, depths)
                 pieces.append(piece)
                 drawing.append((flight.request, piece, place))
-                self.scheduler.keep_newest(flight)
+                if flight.count > 1:
+                    self.scheduler.keep_newest(flight)
                 self.scheduler.remember(flight.request)
             captured.go_on(self._note_tokens(drawing, [token for _, token, _ in done], {}))
-        if not goes_on and captured.is_running:
+        if seen:
+            self.scheduler.see_depths(seen)
+        if captured.is_over and captured.is_running:
             captured.hand_back()
         self._tell_all(pieces)
         return pieces

@@ -136,7 +136,8 @@ def test_pages_hold_what_is_active_whenever_a_stretch_ends(index: int, lag: int)
 
     def launch_some() -> bool:
         left[0] -= 1
-        return left[0] >= 0 and launch()
+        ticks.is_over = left[0] < 0
+        return not ticks.is_over and launch()
 
     ticks.launch = launch_some
     while engine.has_work:
