@@ -31,7 +31,7 @@ class NoDriver:
 
 def call_all(dtype: torch.dtype, *, K: int, G: int, group: int, P: int) -> None:
     """Call every wrapper once for each way in which its kernel is built."""
-    from mor.ops.triton import decode, norm, prefill, select, store
+    from mor.ops.triton import decode, norm, prefill, select, store, tick
 
     N, H, D = 32, G * group, 576
     kv = torch.zeros(8, 2, 2, G, P, K, dtype=dtype)[:, 1]
@@ -54,6 +54,22 @@ def call_all(dtype: torch.dtype, *, K: int, G: int, group: int, P: int) -> None:
     select.gather_rows(long_N, long_N, fill=-1)
     select.hash_uniform(long_N, long_N, seed=1, recursion=1)
     select.hash_uniform(int_N, int_N, seed=-(2**40), recursion=int_N)
+
+    bool_N, table_NC = int_N > 0, torch.zeros(N, 4, dtype=torch.int64)
+    for kind in ("own", "first", "each"):
+        about = (long_N, long_N, long_N, table_NC, bool_N, tables_TM)
+        tick.locate(*about, page_tokens=P, kind=kind)
+    for shares_R in (None, torch.zeros(3, dtype=torch.float64)):
+        tick.join_and_ask(
+            x_ND, x_ND, torch.zeros(3, D), torch.zeros(3), torch.zeros(N, 3, dtype=torch.float64),
+            recursion_N=long_N, limit_N=long_N, is_alive_N=bool_N, gating="residual", factor=2.0,
+            shares_R=shares_R, position_N=long_N, token_N=long_N, seed=7,
+        )  # fmt: skip
+    state = {"recursion_N": long_N, "position_N": long_N, "token_N": long_N, "length_N": long_N}
+    tick.advance(
+        long_N, bool_N, table_NC, long_N, is_alive_N=bool_N, record_N2=table_NC[:, :2].contiguous(),
+        went_on=-2, idle=-3, **state,
+    )  # fmt: skip
 
 
 def main() -> None:

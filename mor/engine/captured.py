@@ -39,7 +39,9 @@ PROMPT_ROWS = (64, 128, 256, 512)
 MAX_PROMPTS = 16
 """prompts of a pass"""
 PASS_EVERY = 8
-"""launches from one pass to the next: it takes as long as some ticks, and so serves more prompts"""
+"""ticks from one pass to the next: it takes as long as some of them, and so serves more prompts"""
+MAX_PASSES = 4
+"""passes between two launches of ticks, where many prompts wait"""
 TICKS = 2
 """ticks of a launch: the host's part of one takes as long as the device's part of a short tick"""
 AHEAD = 8
@@ -234,7 +236,7 @@ class CapturedTicks:
         }
 
     def admit(self, scheduler: Scheduler) -> bool:
-        """Take waiting requests into the stretch by one pass; False when one has to end it.
+        """Take waiting requests into the stretch by passes; False when one has to end it.
 
         Where pages or rows are short they wait, and while few of them would have a pass of their
         own soon after the last one.
@@ -242,15 +244,20 @@ class CapturedTicks:
         if not scheduler.can_admit():
             return True
         is_soon = self._num_sent - self._last_pass < PASS_EVERY
-        if is_soon and 4 * len(scheduler.waiting) < len(self._row_of):
-            self.is_over = not self._serves_next(scheduler)
-            return not self.is_over
+        if not is_soon or 4 * len(scheduler.waiting) >= len(self._row_of):
+            for _ in range(MAX_PASSES):
+                if not self._run_pass(scheduler):
+                    break
+        self.is_over = bool(scheduler.can_admit()) and not self._serves_next(scheduler)
+        return not self.is_over
+
+    def _run_pass(self, scheduler: Scheduler) -> bool:
+        """Let in what fits one pass and launch it; False when nothing does."""
         flights: list[Flight] = []
         copies: list[tuple[int, int]] = []
-        num_rows, serves_next = 0, True
+        num_rows = 0
         while scheduler.can_admit() and len(flights) < MAX_PROMPTS:
-            serves_next = self._serves_next(scheduler)
-            if not serves_next or not self._has_room(scheduler, num_rows):
+            if not self._serves_next(scheduler) or not self._has_room(scheduler, num_rows):
                 break
             request, copied = scheduler.let_in()
             copies += copied
@@ -266,9 +273,8 @@ class CapturedTicks:
             source, target = zip(*copies, strict=True)
             self.runner.groups.copy_pages(list(source), list(target))
         if flights:
-            self._launch_prompts(flights, is_full=scheduler.can_admit())
-        self.is_over = not serves_next
-        return serves_next
+            self._launch_prompts(flights)
+        return bool(flights)
 
     def _serves_next(self, scheduler: Scheduler) -> bool:
         """Tell whether a pass serves the next waiting request, if there is one."""
@@ -294,7 +300,7 @@ class CapturedTicks:
         )
 
     @torch.inference_mode()
-    def _launch_prompts(self, flights: list[Flight], *, is_full: bool) -> None:
+    def _launch_prompts(self, flights: list[Flight]) -> None:
         """Run a pass over whole prompts, whose next tokens then are rows of the ticks."""
         self._tell()
         prompts, counts = self.prompts, np.array([flight.count for flight in flights])
@@ -318,8 +324,7 @@ class CapturedTicks:
         draws = any(flight.request.params.temperature > 0 for flight in flights)
         self.graphs.run(prompts, num_rows, draws=draws)
         self.num_passes += 1
-        # With some left over, the next pass need not wait.
-        self._last_pass = self._num_sent - (PASS_EVERY if is_full else 0)
+        self._last_pass = self._num_sent
         record = Readback(prompts.record_X[: MAX_PROMPTS + num_rows])
         self._send(Unread(record, 0, flights))
 

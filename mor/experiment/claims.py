@@ -179,7 +179,8 @@ def _seeds(gap: Difference) -> str:
 def _tokens(ours: Row, other: Row) -> str:
     each = [row.mean("tokens_per_param") for row in (ours, other)]
     starved = " (starved)" if min(each) < FEWEST_TOKENS else ""
-    return f"{each[0]:.0f} and {each[1]:.0f} tokens per parameter{starved}"
+    told = " and ".join(f"{tokens:.0f}" if tokens >= 1 else f"{tokens:.2g}" for tokens in each)
+    return f"{told} tokens per parameter{starved}"
 
 
 def _arithmetic(ours: Row, other: Row) -> str:

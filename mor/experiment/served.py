@@ -78,6 +78,7 @@ def _decoded(
             *about,
             f"quartiles {', '.join(quartiles)}; {kernels if shares else ''}layers alone would give "
             f"{bounds}",
+            is_brief=in_flight == USUAL_IN_FLIGHT,
         )
 
 

@@ -221,6 +221,10 @@ def test_the_longest_context_fills_the_bytes():
         (["--recursions", "5"], "num_hidden_layers 30 does not fit 5 recursions"),
         (["--in-flight", "0"], "in_flight is [0]; give numbers of 1 or more"),
         (["--text", "a.txt"], "text is for trained weights; give --model too"),
+        (
+            ["--model", "a", "--routing", "ours"],
+            "routing is for shapes; a trained model has its own",
+        ),
         (["--kv-cache-bytes", "-1"], "kv_cache_bytes is -1; give 0 or more"),
         (["--trace", "missing.jsonl"], "missing.jsonl: No such file"),
     ],

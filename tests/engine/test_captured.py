@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 from collections.abc import Callable
 
@@ -33,9 +34,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mor.engine.captured import CapturedTicks
+from mor.engine.captured import PASS_EVERY, CapturedTicks
 from mor.engine.engine import Engine
-from mor.engine.graphs import Runs
+from mor.engine.graphs import Inbox, Runs
 from mor.engine.layers import TorchGroups
 from mor.engine.params import SamplingParams
 from mor.model.mor import MoR
@@ -255,6 +256,97 @@ def test_a_prompt_that_waits_ends_the_stretch_when_it_can_be_admitted() -> None:
     assert request.num_started > 0
     run_out(engine)
     assert_exact(engine.model, engine.result(late))
+
+
+def note_ends(ticks: CapturedTicks) -> list[int]:
+    """Return a list that gets how many requests ran whenever a stretch ends with some."""
+    ends, hand_back = [], ticks.hand_back
+
+    def noted() -> None:
+        ends.append(len(ticks._row_of))
+        hand_back()
+
+    ticks.hand_back = noted
+    return ends
+
+
+@pytest.mark.parametrize("index", [0, 4, 7, 27, 31])
+def test_short_prompts_join_a_stretch_and_never_end_it(index: int, device: str) -> None:
+    """Also on what the cache keeps of them, and a batch that grows by them."""
+    model = model_on(device, index)
+    engine = captured_engine(
+        model, max_num_seqs=12, max_num_batched_tokens=64, block_size=4, kv_cache_bytes=2**22
+    )
+    ticks, ends = ticks_of(engine), note_ends(ticks_of(engine))
+    ids = [engine.add(prompt_of(5, seed=1), greedy(40))]
+    for i in range(11):
+        step_until(engine, lambda: ticks.num_passes >= len(ids))
+        shared = prompt_of(12, seed=3) if i % 2 else []
+        ids.append(engine.add([*shared, *prompt_of(1 + 3 * i, seed=i)], greedy(9 + i)))
+    run_out(engine)
+    assert not [count for count in ends if count > 4], "the batch got smaller at the end alone"
+    assert sum(engine.result(request_id).num_cached_tokens for request_id in ids) > 20
+    for request_id in ids:
+        assert_exact(served_model(index), engine.result(request_id))
+
+
+def test_a_prompt_waits_for_company_but_not_for_long() -> None:
+    engine = captured_engine(served_model(0), max_num_seqs=12, max_num_batched_tokens=64)
+    ticks = ticks_of(engine)
+    for i in range(10):
+        engine.add(prompt_of(4, seed=i), greedy(60))
+    step_until(engine, lambda: ticks.num_passes == 1)
+    launched = ticks.num_launched
+    late = engine.add(prompt_of(9, seed=77), greedy(4))
+    step_until(engine, lambda: ticks.num_passes == 2)
+    assert 4 <= ticks.num_launched - launched <= PASS_EVERY
+    for i in range(3):  # with a quarter of the batch waiting there is no delay
+        engine.forget(f"request-{i}")
+    ids = [engine.add(prompt_of(5, seed=80 + i), greedy(4)) for i in range(3)]
+    engine.step()
+    assert ticks.num_passes == 3
+    run_out(engine)
+    for request_id in (late, *ids):
+        assert_exact(engine.model, engine.result(request_id))
+
+
+def test_many_prompts_take_several_passes_at_once() -> None:
+    engine = captured_engine(served_model(0), max_num_seqs=40, max_num_batched_tokens=64)
+    ticks = ticks_of(engine)
+    ids = [engine.add(prompt_of(3, seed=i), greedy(5)) for i in range(40)]
+    engine.step()
+    assert ticks.num_passes == 3 and len(engine.scheduler.running) == 40
+    run_out(engine)
+    for request_id in ids:
+        assert_exact(engine.model, engine.result(request_id))
+
+
+@pytest.mark.parametrize("length", [20, 3])
+def test_a_prompt_that_no_pass_serves_ends_the_stretch(length: int) -> None:
+    """One with more tokens than a pass has rows, or that asks for log-probabilities."""
+    engine = captured_engine(served_model(0), max_num_batched_tokens=12)
+    ticks, ends = ticks_of(engine), note_ends(ticks_of(engine))
+    engine.add(prompt_of(4, seed=1), greedy(30))
+    step_until(engine, lambda: ticks.num_launched > 4)
+    params = greedy(6) if length > 12 else greedy(6, logprobs=1)
+    late = engine.add(prompt_of(length, seed=2), params)
+    run_out(engine)
+    assert ends[0] == 1 and ticks.num_passes == 1
+    assert_exact(engine.model, engine.result(late))
+
+
+def test_an_inbox_brings_numbers_of_all_types_in_one_copy(device: str) -> None:
+    inbox = Inbox(
+        torch.device(device),
+        whole_N=torch.full((3,), 7),
+        real_NR=torch.zeros(2, 2, dtype=torch.float64),
+        small_N=torch.zeros(3, dtype=torch.float32),
+    )
+    inbox.send(whole_N=[2**62], real_NR=[[0.1, math.inf]], small_N=[1.5, 2.5, 3.5])
+    assert inbox["whole_N"].tolist() == [2**62, 7, 7]
+    assert inbox["real_NR"].tolist() == [[0.1, math.inf], [0, 0]]
+    inbox.send()
+    assert inbox["whole_N"].tolist() == [7] * 3 and inbox["small_N"].tolist() == [0] * 3
 
 
 def test_rows_that_end_leave_a_smaller_graph() -> None:

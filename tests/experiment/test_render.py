@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,27 @@ def test_claims_are_told_from_results(kept: Path):
     assert goal.holds == "in part" and "reaches 0.90 at least (MoR-3" in goal.ours
     assert find(rows, "Scaling (cpu)").holds == "not run: no result is kept"
     assert find(rows, "Throughput (gpu)").holds == "not run: a GPU was at hand too briefly"
+
+
+def test_a_gpus_goal_is_speed_at_equal_bytes_and_its_rows_tell_no_efficiency(kept: Path):
+    results, speed = Results(kept / "claims-gpu.jsonl"), Results(kept / "throughput-gpu.jsonl")
+    for seed in (0, 1):
+        for model, loss in {"twin": 3.0, "mor3": 2.9}.items():
+            results.add(trained(model, loss, seed, "same-flops", "same_flops", "claims-gpu"))
+    report = decode_report(2.1)
+    report["cells"][0]["routing"] = "ours"
+    for row in report["cells"][0]["rows"]:
+        row["efficiency"] = None
+    many = copy.deepcopy(report)
+    many["cells"][0]["in_flight"] = 128
+    for name, said in (("decode-135m-ours", report), ("decode-135m-128-ours", many)):
+        speed.add(bench(name, ["decode"], said) | {"experiment": "throughput-gpu"})
+    rows = claims(read_kept(kept))
+    flight = find(rows, "Throughput at 32 in flight (gpu, 135M shape, our settings")
+    assert "kernels" not in flight.ours + flight.detail and flight.is_brief
+    assert not find(rows, "those of 128 in the twin (gpu, 135M shape, our settings").is_brief
+    goal = find(rows, "Our goal (gpu)", "serve 2.06 times its tokens at equal bytes")
+    assert goal.holds == "yes" and "serves 2.10 times its twin's tokens" in goal.ours
 
 
 def test_the_random_router_beside_a_row_is_the_one_of_its_settings(kept: Path):

@@ -155,24 +155,32 @@ def _scatter(
     tl.store(to_ptr + index * stride_to + dim_D, x_D, mask=mask_D)
 
 
+@triton.jit
+def draw(position_B, token_B, number_B, offset):
+    """Draw by the finaliser of SplitMix64, all int64; unsigned numbers wrap, and shift in zeros.
+
+    number_B  the recursion, counted from 1
+    offset    seed x its factor, wrapped
+    """
+    state_B = position_B.to(tl.uint64) * _POSITION + token_B.to(tl.uint64) * _TOKEN
+    state_B += number_B.to(tl.uint64) * _RECURSION + offset.to(tl.int64).to(tl.uint64)
+    state_B = (state_B ^ (state_B >> 30)) * _MIX_1
+    state_B = (state_B ^ (state_B >> 27)) * _MIX_2
+    state_B = state_B ^ (state_B >> 31)
+    return (state_B >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
+
+
 @triton.jit(do_not_specialize=["offset"])
 def _hash_uniform(
     position_ptr, token_ptr, recursion_ptr, out_ptr, offset, num_rows,
     HAS_RECURSIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The finaliser of SplitMix64; unsigned numbers wrap, and shift in zeros."""
     row_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside_B = row_B < num_rows
     # sign first, then bits: a position of -1 is 2^64 - 1, as in the twin
     position_B = tl.load(position_ptr + row_B, mask=inside_B, other=0).to(tl.int64)
     token_B = tl.load(token_ptr + row_B, mask=inside_B, other=0).to(tl.int64)
-    state_B = position_B.to(tl.uint64) * _POSITION + token_B.to(tl.uint64) * _TOKEN
+    number_B = tl.zeros_like(position_B)
     if HAS_RECURSIONS:
-        recursion_B = tl.load(recursion_ptr + row_B, mask=inside_B, other=0).to(tl.int64)
-        state_B += (recursion_B + 1).to(tl.uint64) * _RECURSION
-    state_B += offset.to(tl.int64).to(tl.uint64)
-    state_B = (state_B ^ (state_B >> 30)) * _MIX_1
-    state_B = (state_B ^ (state_B >> 27)) * _MIX_2
-    state_B = state_B ^ (state_B >> 31)
-    draw_B = (state_B >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
-    tl.store(out_ptr + row_B, draw_B, mask=inside_B)
+        number_B = tl.load(recursion_ptr + row_B, mask=inside_B, other=0).to(tl.int64) + 1
+    tl.store(out_ptr + row_B, draw(position_B, token_B, number_B, offset), mask=inside_B)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor.ops.select import ODD, wrap
+from mor.ops.triton.select import draw
 
 ROWS = 32
 """rows of a program in kernels that treat a row by a few numbers"""
@@ -95,8 +96,7 @@ def join_and_ask(
         position_N, token_N, joined_ND, goes_on_N,
         x_ND.stride(0), block_ND.stride(0), factor, wrap(seed * ODD[2]),
         HAS_BIAS=bias_R is not None, IS_RESIDUAL=gating == "residual",
-        IS_RANDOM=shares_R is not None, ODD_0=ODD[0], ODD_1=ODD[1], ODD_3=ODD[3], ODD_4=ODD[4],
-        ODD_5=ODD[5], D=D, R=R, BLOCK_D=triton.next_power_of_2(D),
+        IS_RANDOM=shares_R is not None, D=D, R=R, BLOCK_D=triton.next_power_of_2(D),
         num_warps=4 if D <= 2048 else 8,
     )  # fmt: skip
     return joined_ND, goes_on_N
@@ -163,22 +163,13 @@ def _locate(
     tl.store(slot_out + row, slot, mask=is_row)
 
 
-@triton.jit
-def _mix(state, ODD_4: tl.constexpr, ODD_5: tl.constexpr):
-    """Finish SplitMix64, as `_mix` in mor/ops/select.py."""
-    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * ODD_4
-    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * ODD_5
-    return state ^ ((state >> 31) & 0x1FFFFFFFF)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def _join_and_ask(
     x_ptr, block_ptr, weight_ptr, bias_ptr, ask_ptr, recursion_ptr, limit_ptr, is_alive_ptr,
     position_ptr, token_ptr, joined_ptr, goes_on_ptr,
-    stride_x, stride_block, factor, seed,
+    stride_x, stride_block, factor, offset,
     HAS_BIAS: tl.constexpr, IS_RESIDUAL: tl.constexpr, IS_RANDOM: tl.constexpr,
-    ODD_0: tl.constexpr, ODD_1: tl.constexpr, ODD_3: tl.constexpr, ODD_4: tl.constexpr,
-    ODD_5: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Join and route one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -201,10 +192,8 @@ def _join_and_ask(
 
     following = tl.minimum(recursion + 1, R - 1)
     if IS_RANDOM:
-        position = tl.load(position_ptr + row)
-        state = position * ODD_0 + tl.load(token_ptr + row) * ODD_1 + seed + (following + 1) * ODD_3
-        draw = (_mix(state, ODD_4, ODD_5) >> 11) & 0x1FFFFFFFFFFFFF
-        goes_on = draw.to(tl.float64) / 9007199254740992.0 < tl.load(ask_ptr + following)
+        position, token = tl.load(position_ptr + row), tl.load(token_ptr + row)
+        goes_on = draw(position, token, following + 1, offset) < tl.load(ask_ptr + following)
     else:
         weight_D = tl.load(weight_ptr + following * D + dim_D, mask=mask_D, other=0.0)
         score = tl.sum(joined_D.to(tl.float32) * weight_D.to(tl.float32), 0)

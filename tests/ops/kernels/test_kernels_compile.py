@@ -15,6 +15,7 @@ ATTENTION = ("_attend_split", "_attend_tile")
 OTHERS = (
     *("_join_splits", "_store", "_rotate_row", "_add_rms_norm", "_silu_mul"),
     *("_go_on", "_gather", "_scatter", "_hash_uniform"),
+    *("_locate", "_join_and_ask", "_advance"),
 )
 
 
