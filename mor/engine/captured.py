@@ -30,12 +30,17 @@ from mor.engine.graphs import Graphs, Readback, upload
 from mor.engine.runner import Call
 from mor.engine.scheduler import Scheduler
 from mor.engine.torch_runner import TorchRunner
+from mor.model.cost import count_params
 from mor.model.mor import MoR
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 """Rows of a graph. More requests than that at a time take the ordinary path."""
 PROMPT_ROWS = (64, 128, 256, 512)
-"""tokens of prompts in a pass; with more, masked work would cost more than launches"""
+"""tokens of prompts in a pass"""
+BOUND_ROWS = 256
+"""rows up to which a step is bound by its weights, so that what is masked costs nothing"""
+FREE_PRODUCTS = 2**37
+"""rows x parameters, each recursion's counted, up to which a pass is bound by its launches"""
 MAX_PROMPTS = 16
 """prompts of a pass"""
 PASS_EVERY = 8
@@ -94,7 +99,8 @@ class CapturedTicks:
             model, runner.groups, blocks.layout, num_rows=most, num_ticks=TICKS,
             tables_TM=tables_TM.to(self.device, copy=True),
         )  # fmt: skip
-        most = min(max_rows, PROMPT_ROWS[-1])
+        params = count_params(model.config.twin()).nonembedding
+        most = min(max_rows, PROMPT_ROWS[-1], max(BOUND_ROWS, FREE_PRODUCTS // params))
         self.prompt_rows = sorted({*(size for size in PROMPT_ROWS if size < most), most})
         self.prompts = DevicePrompts(self.tick, num_rows=most, num_prompts=MAX_PROMPTS)
         self.graphs = Graphs(self.device)

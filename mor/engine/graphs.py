@@ -21,7 +21,7 @@ class Runs(Protocol):
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
-        """Bool tensors; where all is False a run changes nothing that anybody reads."""
+        """Tensors; where all of them is 0 a run changes nothing that anybody reads."""
         ...
 
     def run(self, num_rows: int, *, draws: bool) -> None: ...
