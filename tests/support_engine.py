@@ -27,6 +27,12 @@ SERVED = [
     ("fixed", {"sharing": "middle_sequence"}),
     ("expert_choice", {"qk_norm": True, "attention_bias": True}),
 ]
+CAPTURED = [
+    index
+    for index, (_, fields) in enumerate(SERVED)
+    if not isinstance(fields, dict) or not ({"lora_rank", "sharing"} & fields.keys())
+]
+"""models that ticks on the device serve"""
 SOME_SERVED = [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (6, 12, 28))]
 """which of them Triton's interpreter runs: fifteen seconds each"""
 

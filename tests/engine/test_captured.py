@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_engine import (
+    CAPTURED,
     SERVED,
     SOME_SERVED,
     assert_exact,
@@ -40,20 +41,6 @@ from mor.engine.graphs import Inbox, Runs
 from mor.engine.layers import TorchGroups
 from mor.engine.params import SamplingParams
 from mor.model.mor import MoR
-
-CAPTURED = [
-    index
-    for index, (_, fields) in enumerate(SERVED)
-    if not isinstance(fields, dict) or not ({"lora_rank", "sharing"} & fields.keys())
-]
-"""models that ticks on the device serve"""
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda":
-        torch.use_deterministic_algorithms(False)  # it refuses cumulated sums there
-    return request.param
 
 
 @functools.cache

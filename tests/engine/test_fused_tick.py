@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support_engine import SERVED, new_engine, served_model
+from support_engine import CAPTURED, new_engine, served_model
 from torch import Tensor
 
 from mor.engine.device_tick import DeviceRows, DeviceTick
@@ -17,18 +17,6 @@ pytest.importorskip("triton.language", reason="triton is not installed")
 from mor.engine.fused_tick import FusedTick
 
 N = 37
-FUSED = [
-    index
-    for index, (_, fields) in enumerate(SERVED)
-    if not isinstance(fields, dict) or not ({"lora_rank", "sharing"} & fields.keys())
-]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda":
-        torch.use_deterministic_algorithms(False)
-    return request.param
 
 
 def both_ticks(model: MoR) -> tuple[DeviceTick, DeviceTick]:
@@ -80,7 +68,7 @@ def assert_same_places(one: LayerRows, other: LayerRows) -> None:
         torch.testing.assert_close(mine, its, msg=lambda said, name=name: f"{name}: {said}")
 
 
-@pytest.mark.parametrize("index", FUSED)
+@pytest.mark.parametrize("index", CAPTURED)
 @torch.inference_mode()
 def test_every_step_is_that_of_the_twin(index: int, device: str) -> None:
     model = copy.deepcopy(served_model(index, torch.float32)).to(device)
