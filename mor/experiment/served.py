@@ -51,7 +51,7 @@ def _decoded(
     in_flight, equal = cells[0]["in_flight"], "at equal bytes of keys and values"
     if in_flight != USUAL_IN_FLIGHT:
         equal += f", those of {in_flight} in the twin"
-    ours = ", our settings" if cells[0].get("routing") == "ours" else ""
+    ours = ", capacities 1, 1/4, 1/16" if cells[0].get("routing") == "ours" else ""
     bounds = ", ".join(f"{cell['speedup_bound']:.2f}" for cell in cells)
     for regime, words, paper in (
         ("fixed_batch", f"at {in_flight} in flight", PAPER_FIXED),
@@ -123,7 +123,7 @@ def _prefilled(scale: str, report: dict[str, Any], about: tuple[str, str]) -> It
 
 
 def served_well(kept: Kept, scale: str) -> tuple[bool, str]:
-    """Tell whether models of our settings are served as the goal says, and how they are."""
+    """Tell whether models of the goal's routing are served as it says, and how they are."""
     report = report_of(kept, scale, "decode-135m-ours") or report_of(kept, scale, "decode-135m")
     if report is None:
         return False, "not served"

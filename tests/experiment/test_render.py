@@ -185,9 +185,11 @@ def test_a_gpus_goal_is_speed_at_equal_bytes_and_its_rows_tell_no_efficiency(kep
     for name, said in (("decode-135m-ours", report), ("decode-135m-128-ours", many)):
         speed.add(bench(name, ["decode"], said) | {"experiment": "throughput-gpu"})
     rows = claims(read_kept(kept))
-    flight = find(rows, "Throughput at 32 in flight (gpu, 135M shape, our settings")
+    flight = find(rows, "Throughput at 32 in flight (gpu, 135M shape, capacities 1, 1/4, 1/16")
     assert "kernels" not in flight.ours + flight.detail and flight.is_brief
-    assert not find(rows, "those of 128 in the twin (gpu, 135M shape, our settings").is_brief
+    assert not find(
+        rows, "those of 128 in the twin (gpu, 135M shape, capacities 1, 1/4, 1/16"
+    ).is_brief
     goal = find(rows, "Our goal (gpu)", "serve 2.06 times its tokens at equal bytes")
     assert goal.holds == "yes" and "serves 2.10 times its twin's tokens" in goal.ours
 
