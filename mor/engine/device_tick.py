@@ -112,7 +112,10 @@ class DeviceTick:
         num_ticks: int = 1,
         tables_TM: Tensor,
     ) -> None:
-        """Serve at most num_rows requests, num_ticks ticks a run."""
+        """Serve at most num_rows requests, num_ticks ticks a run.
+
+        groups  `TorchGroups` or made of them: they leave the states that they get as they are
+        """
         self.config, self.stack, self.groups, self.layout = (
             model.config,
             model.model,
