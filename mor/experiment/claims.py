@@ -349,21 +349,30 @@ def _sizes(kept: Kept, scale: str) -> Iterator[Claim]:
     if not found:
         yield not_run(claim, paper, why_not(scale), command)
         return
-    gaps = []
+    gaps, num_starved = [], 0
+    by_size: dict[str, list[tuple[float, float]]] = {}
     for table in found:
         ours = table.first("mor")
-        gap = None if ours is None else table.compare(ours, table.twin_of(ours))
-        if gap is not None:
-            gaps.append((f"{table.size}, {table.budget}", gap))
+        twin = None if ours is None else table.twin_of(ours)
+        gap = None if ours is None else table.compare(ours, twin)
+        if gap is None or twin is None:
+            continue
+        gaps.append((f"{table.size}, {table.budget}", gap))
+        by_size.setdefault(table.size, []).append((twin.mean("train_flops"), gap.mean))
+        num_starved += twin.mean("tokens_per_param") < FEWEST_TOKENS
     fitted = [
         f"best loss {fit.best_loss:.4f} ({fit.label}, {fit.budget})" for fit in isoflop.fits(found)
     ]
     signs = [gap.side for _, gap in gaps]  # every size and budget is a seed of its own
+    holds = "yes" if max(signs, default=1) < 0 else "tie" if max(signs, default=1) == 0 else "no"
+    if holds == "yes" and any(max(some)[1] > min(some)[1] for some in by_size.values()):
+        holds = "ahead, by less as budgets grow"
+    starved = f"the twin is starved in {num_starved} of {len(gaps)}"
     yield Claim(
         claim,
         paper,
-        "; ".join([*(f"{where}: {told(gap)}" for where, gap in gaps), *fitted]),
-        "yes" if max(signs, default=1) < 0 else "tie" if max(signs, default=1) == 0 else "no",
+        "; ".join([*(f"{where}: {told(gap)}" for where, gap in gaps), *fitted, starved]),
+        holds,
         machine_of(results),
         command,
     )

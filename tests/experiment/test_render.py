@@ -194,6 +194,20 @@ def test_a_gpus_goal_is_speed_at_equal_bytes_and_its_rows_tell_no_efficiency(kep
     assert goal.holds == "yes" and "serves 2.10 times its twin's tokens" in goal.ours
 
 
+@pytest.mark.parametrize(
+    ("late", "holds"), [(-0.3, "yes"), (-0.1, "ahead, by less as budgets grow"), (0.1, "no")]
+)
+def test_a_lead_that_shrinks_with_the_budget_does_not_hold(kept: Path, late: float, holds: str):
+    results = Results(kept / "isoflop.jsonl")
+    for budget, flops, gap in (("c1", 1e9, -0.2), ("c2", 2e9, late)):
+        for model, loss in {"twin": 3.0, "mor3": 3.0 + gap}.items():
+            row = trained(model, loss, 0, budget, "same_flops", "isoflop")
+            fed = {"tokens_per_param": flops / 2e8, "train_flops": flops}
+            results.add(row | fed | {"size": "w48", "member": f"{budget}_w48_{model}_s0"})
+    row = find(claims(read_kept(kept)), "Scaling (cpu)")
+    assert row.holds == holds and "the twin is starved in 1 of 2" in row.ours
+
+
 def test_the_random_router_beside_a_row_is_the_one_of_its_settings(kept: Path):
     results = Results(kept / "claims-cpu.jsonl")
     for seed in (0, 1):
