@@ -301,7 +301,7 @@ class CapturedTicks:
         pages = layout.worst_pages(places, request.policy.max_recursions) + layout.num_tables
         return (
             num_rows + count <= self.prompt_rows[-1]
-            and scheduler.has_rows(count)
+            and count <= scheduler.num_spare_rows
             and pages <= self.blocks.num_available
         )
 

@@ -115,8 +115,7 @@ class Scheduler:
 
     def _chunk(self, request: Request, budget: int) -> int:
         """Start as many tokens of a prompt as budget and rows allow; returns how many."""
-        # One row stays free for every running request, so that it can decode.
-        count = min(request.num_pending, budget, len(self.free_rows) - self.config.max_num_seqs)
+        count = min(request.num_pending, budget, self.num_spare_rows)
         if count <= 0 or not self._reserve(request, count):
             return 0
         self._start(request, count)
@@ -188,9 +187,10 @@ class Scheduler:
         expected = self._pages_expected(self.waiting[0])
         return not self.running or expected <= self.blocks.num_available
 
-    def has_rows(self, count: int) -> bool:
-        """Tell whether so many tokens of a prompt can start, and every request can still decode."""
-        return count <= len(self.free_rows) - self.config.max_num_seqs
+    @property
+    def num_spare_rows(self) -> int:
+        """Tokens of prompts that can start: one row stays for every request, so that it decodes."""
+        return len(self.free_rows) - self.config.max_num_seqs
 
     def num_to_run(self) -> int:
         """Return the tokens of the next waiting request that the prefix cache does not have."""
